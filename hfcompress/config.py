@@ -1,0 +1,467 @@
+"""What a run can be told: typed sections, and the recipe (one YAML file) that composes them.
+
+Every value is checked when it is read. What is wrong is said in one line: file, key, what is allowed,
+and the nearest right name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+UnitKind = Literal["heads", "neurons"]
+Preset = Literal["int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
+Task = Literal["text-classification", "image-classification"]
+
+
+class RecipeError(ValueError):
+    """A recipe says something that is not allowed; the message is one line that names file and key."""
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class TaskTerm(Section):
+    """The loss on the labels, as the model itself computes it.
+
+    Attributes:
+        weight: Factor of the term in the sum, at least 0.
+    """
+
+    weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+
+
+class LogitsTerm(Section):
+    """Kullback-Leibler divergence from the teacher's to the student's softened distribution.
+
+    Attributes:
+        weight: Factor of the term in the sum, at least 0.
+        temperature: Both logits are divided by it; the term is multiplied by its square (Hinton et al. 2015, section 2.1).
+    """
+
+    weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    temperature: float = Field(default=2.0, gt=0, le=100)
+
+
+class HiddenTerm(Section):
+    """Mean squared error between hidden states after chosen layers.
+
+    Attributes:
+        weight: Factor of the term in the sum; 0 leaves it out.
+        layers: "all" (each student layer with the teacher layer at the same relative depth), "last", or
+            pairs [student layer, teacher layer] counted from 0.
+    """
+
+    weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    layers: Literal["all", "last"] | list[list[int]] = "all"
+
+    @model_validator(mode="after")
+    def _pairs(self) -> HiddenTerm:
+        if isinstance(self.layers, list):
+            if not self.layers or any(len(pair) != 2 or min(pair) < 0 for pair in self.layers):
+                raise ValueError("layers must be 'all', 'last' or pairs of layer numbers such as [[0, 1], [2, 5]]")
+        return self
+
+
+class DistillConfig(Section):
+    """Distillation: what of the teacher the student is to reproduce, and with which weight.
+
+    Attributes:
+        task: The loss on the labels.
+        logits: The soft targets.
+        hidden: The hidden states.
+
+    Example:
+        >>> DistillConfig(logits=LogitsTerm(weight=0.9, temperature=3.0)).logits.temperature
+        3.0
+    """
+
+    task: TaskTerm = TaskTerm()
+    logits: LogitsTerm = LogitsTerm()
+    hidden: HiddenTerm = HiddenTerm()
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DistillConfig:
+        if self.logits.weight == 0 and self.hidden.weight == 0:
+            raise ValueError(
+                "logits.weight and hidden.weight are both 0: nothing is left of the teacher; set one above 0 or leave out distill"
+            )
+        return self
+
+
+class Target(Section):
+    """How small the model is to become.
+
+    Attributes:
+        sparsity: Share of the prunable parameters (those of all heads and neurons of the dense model) to
+            remove, in [0, 1).
+    """
+
+    sparsity: float = Field(default=0.5, ge=0, lt=1)
+
+
+class ScheduleConfig(Section):
+    """When the sparsity is reached, as shares of the optimizer steps of the run.
+
+    Attributes:
+        name: "polynomial" (Zhu and Gupta 2017, equation 1), "linear" or "constant" (everything at `start`).
+        power: Exponent of the polynomial.
+        start: Share of the run before anything is pruned (warm-up), in [0, 1).
+        end: Share of the run after which nothing more is pruned (the rest is cool-down), in (0, 1].
+        updates: Number of times the plan is renewed between start and end; the last one is at `end`.
+    """
+
+    name: Literal["polynomial", "linear", "constant"] = "polynomial"
+    power: float = Field(default=3.0, gt=0, le=100)
+    start: float = Field(default=0.1, ge=0, lt=1)
+    end: float = Field(default=0.6, gt=0, le=1)
+    updates: int = Field(default=20, ge=1, le=10_000)
+
+    @model_validator(mode="after")
+    def _order(self) -> ScheduleConfig:
+        if self.name != "constant" and self.end <= self.start:
+            raise ValueError(f"end ({self.end}) must be after start ({self.start})")
+        return self
+
+
+class PerKind(Section):
+    """A whole number for heads and one for neurons.
+
+    With grouped-query attention a "head" is one key-value group with all its query heads.
+    """
+
+    heads: int = Field(default=1, ge=0)
+    neurons: int = Field(default=1, ge=0)
+
+
+class MultipleOf(PerKind):
+    """Counts left in a sublayer are multiples of these, or the full count."""
+
+    heads: int = Field(default=1, ge=1)
+    neurons: int = Field(default=8, ge=1)
+
+
+class AtLeast(PerKind):
+    """No sublayer keeps fewer units than these; 0 allows a sublayer to be skipped altogether."""
+
+    heads: int = Field(default=1, ge=0)
+    neurons: int = Field(default=8, ge=0)
+
+
+class PruneConfig(Section):
+    """Gradual structured pruning during training.
+
+    Attributes:
+        target: The budget.
+        units: What may be removed.
+        criterion: How units are ranked: "first_order" (gradient of the gates), "magnitude" or "random".
+        schedule: When.
+        scope: "global" ranks all units in one list, by score per parameter; "site" takes the same share everywhere.
+        multiple_of: Counts left are multiples of these.
+        at_least: What every sublayer keeps.
+        uniform: Make all layers alike and use only what the architecture's own config can say, so that the
+            result loads with plain transformers.
+        cut: "gradual" removes closed units from the weights at each update, so that training gets faster
+            as it goes; "end" keeps them behind closed gates until the schedule ends. The result is the same up to
+            numerical noise.
+    """
+
+    target: Target = Target()
+    units: list[UnitKind] = Field(default=["heads", "neurons"], min_length=1)
+    criterion: Literal["first_order", "magnitude", "random"] = "first_order"
+    schedule: ScheduleConfig = ScheduleConfig()
+    scope: Literal["global", "site"] = "global"
+    multiple_of: MultipleOf = MultipleOf()
+    at_least: AtLeast = AtLeast()
+    uniform: bool = False
+    cut: Literal["gradual", "end"] = "gradual"
+
+    @model_validator(mode="after")
+    def _units_once(self) -> PruneConfig:
+        if len(set(self.units)) != len(self.units):
+            raise ValueError(f"units names a kind twice: {self.units}")
+        return self
+
+
+class QuantizeConfig(Section):
+    """bitsandbytes variants to make of the result.
+
+    Attributes:
+        presets: Which ones; see `hfcompress.quantization.PRESETS`.
+        skip: Names of modules to leave unquantized besides heads and poolers.
+        dtype: Storage of everything that is not quantized; "auto" keeps what the model has.
+    """
+
+    presets: list[Preset] = Field(default=["int8", "nf4-dq"], min_length=1)
+    skip: list[str] = []
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class DataConfig(Section):
+    """Where the examples come from and which columns hold what.
+
+    Attributes:
+        name: A dataset on the Hub, or None when files are given.
+        config: Its configuration, e.g. "sst2" of "nyu-mll/glue".
+        train: A local csv, tsv, json, jsonl or parquet file, an image folder, or the name of a Hub split.
+        eval: The same for evaluation; without it a share of the training data is held out.
+        text: Column or two columns of text; found by itself when there is no doubt.
+        image: Column of images; found by itself when there is no doubt.
+        label: Column of labels; found by itself when there is no doubt.
+        max_length: Longest text in tokens.
+        max_train: Use at most so many training examples (a random choice, by seed).
+        max_eval: Use at most so many evaluation examples.
+        holdout: Share of the training data to evaluate on when there is no evaluation data, in (0, 1).
+        workers: Processes that preprocess.
+    """
+
+    name: str | None = None
+    config: str | None = None
+    train: str | None = None
+    eval: str | None = None
+    text: str | list[str] | None = None
+    image: str | None = None
+    label: str | None = None
+    max_length: int = Field(default=128, ge=2, le=100_000)
+    max_train: int | None = Field(default=None, ge=1)
+    max_eval: int | None = Field(default=None, ge=1)
+    holdout: float = Field(default=0.1, gt=0, lt=1)
+    workers: int = Field(default=1, ge=1, le=256)
+
+    @model_validator(mode="after")
+    def _source(self) -> DataConfig:
+        if self.name is None and self.train is None:
+            raise ValueError("give data.name (a Hub dataset) or data.train (a local file or folder)")
+        if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
+            raise ValueError("text takes one column name or a list of two (a pair of sentences)")
+        return self
+
+
+class ModelConfig(Section):
+    """The model to start from.
+
+    Attributes:
+        name: Folder or Hub repository.
+        revision: Branch, tag or commit of the repository.
+        trust_remote_code: Run code from the repository. Only if you have read it.
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class TeacherConfig(Section):
+    """The model to learn from.
+
+    Attributes:
+        name: Folder or Hub repository of a model already fine-tuned on the task. Without it, `model` is
+            fine-tuned first and serves as teacher and as the student's starting point.
+        train: Training arguments that differ from those of the recipe's `train` section while the teacher
+            is fine-tuned.
+    """
+
+    name: str | None = None
+    train: dict[str, Any] = {}
+
+
+class MeasureConfig(Section):
+    """How latency is measured.
+
+    Attributes:
+        batch: Examples in a batch.
+        length: Tokens per example (text; images have the size the model wants).
+        threads: CPU threads; None leaves torch's own number.
+        rounds: Timed rounds; the median and the 10th and 90th percentile are reported.
+        warmup: Rounds before that.
+        device: "auto" is the GPU if there is one.
+    """
+
+    batch: int = Field(default=32, ge=1)
+    length: int = Field(default=64, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    rounds: int = Field(default=15, ge=3, le=10_000)
+    warmup: int = Field(default=3, ge=0, le=1_000)
+    device: str = "auto"
+
+
+class PushConfig(Section):
+    """Where the result goes on the Hub.
+
+    Attributes:
+        repo: "user/name".
+        private: Make the repository private when it is created.
+        revision: Branch to commit to.
+    """
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+
+
+class Recipe(Section):
+    """Everything a run needs to know. Parts that a Trainer in your own script gets otherwise may be absent.
+
+    Attributes:
+        task: Kind of task; only `hfcompress run` and the scripts need it.
+        model: Student's starting point.
+        teacher: Model to learn from.
+        data: Examples.
+        distill: Distillation, or None.
+        prune: Pruning, or None.
+        quantize: Variants to make of the result, or None.
+        train: Any of transformers' TrainingArguments.
+        measure: How latency is measured.
+        push: Where the result goes, or None.
+        output: Folder of the run.
+        seed: Of everything random.
+
+    Example:
+        >>> Recipe.from_dict({"prune": {"target": {"sparsity": 0.6}}}).prune.target.sparsity
+        0.6
+        >>> Recipe.from_dict({"prunee": {}})
+        Traceback (most recent call last):
+        ...
+        hfcompress.config.RecipeError: recipe: prunee is not a key here; did you mean prune? Allowed: data, distill, measure, model, output, prune, push, quantize, seed, task, teacher, train
+    """
+
+    task: Task | None = None
+    model: ModelConfig | None = None
+    teacher: TeacherConfig | None = None
+    data: DataConfig | None = None
+    distill: DistillConfig | None = None
+    prune: PruneConfig | None = None
+    quantize: QuantizeConfig | None = None
+    train: dict[str, Any] = {}
+    measure: MeasureConfig = MeasureConfig()
+    push: PushConfig | None = None
+    output: str | None = None
+    seed: int = Field(default=42, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        reserved = {"output_dir": "output", "seed": "seed"} | ({"push_to_hub": "push"} if self.push else {})
+        for section, arguments in (("train", self.train), ("teacher.train", (self.teacher or TeacherConfig()).train)):
+            for key in arguments:
+                if key in reserved:
+                    raise ValueError(f"{section}.{key} contradicts {reserved[key]}; set {reserved[key]} only")
+        return self
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str = "recipe") -> Recipe:
+        """Check plain data and make a recipe of it.
+
+        Args:
+            values: What a YAML file would hold.
+            source: Name used in error messages.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            RecipeError: One line that says what is wrong, where, and what is allowed.
+        """
+        if not isinstance(values, dict):
+            raise RecipeError(f"{source}: must be a mapping of sections, got {type(values).__name__}")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(f"{source}: {_one_line(error, cls)}") from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, *, overrides: list[str] | None = None) -> Recipe:
+        """Read a recipe from a YAML file.
+
+        Args:
+            path: The file.
+            overrides: Changes such as "prune.target.sparsity=0.7", applied in order; values are read as YAML.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            RecipeError: One line: the file cannot be read, is not YAML, or says something not allowed.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise RecipeError(f"{path}: is not a text file in UTF-8") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise RecipeError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+        values = {} if values is None else values
+        for override in overrides or []:
+            _override(values, override)
+        return cls.from_dict(values, source=str(path))
+
+    def to_yaml(self) -> str:
+        """Write the recipe as YAML, defaults left out.
+
+        Example:
+            >>> print(Recipe.from_dict({"seed": 7}).to_yaml(), end="")
+            seed: 7
+        """
+        return yaml.safe_dump(self.model_dump(exclude_unset=True), sort_keys=False)
+
+
+def _override(values: Any, text: str) -> None:
+    """Set one dotted key of plain data in place."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"{text!r} is not an override; write key.key=value, such as prune.target.sparsity=0.7")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        if not isinstance(values, dict):
+            break
+        values = values.setdefault(parent, {})
+    if not isinstance(values, dict):
+        raise RecipeError(f"{key}: a part of this key is not a section, so nothing below it can be set")
+    try:
+        values[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"{key}: {value!r} is not valid YAML") from None
+
+
+def _section_at(section: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The section class that holds the last element of a location."""
+    for part in location[:-1]:
+        field = section.model_fields.get(str(part))
+        classes = [field.annotation, *get_args(field.annotation)] if field is not None else []
+        inner = [c for c in classes if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not inner:
+            return None
+        section = inner[0]
+    return section
+
+
+def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first problem of a validation, as one line: key, what was wrong, what is allowed."""
+    problem = error.errors(include_url=False)[0]
+    location = tuple(part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or "'" in part)))
+    names = [str(part) for part in location if part not in ("str", "int")]
+    key = ".".join(names) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(root, location)
+        allowed = sorted(section.model_fields) if section is not None else []
+        close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        hint = f"; did you mean {'.'.join([*names[:-1], close[0]])}?" if close else "."
+        return f"{key} is not a key here{hint} Allowed: {', '.join(allowed)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = repr(problem.get("input"))
+    if problem["type"] == "literal_error":
+        expected = problem.get("ctx", {}).get("expected", "")
+        close = difflib.get_close_matches(str(problem.get("input")), expected.replace("'", "").replace(" or ", ", ").split(", "), n=1)
+        return f"{key}: {value} is not allowed" + (f"; did you mean {close[0]}?" if close else ";") + f" Allowed: {expected}"
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if names else message
+    if len(value) > 80:
+        value = value[:77] + "..."
+    return f"{key}: {value} is not allowed: {message[0].lower() + message[1:]}"
