@@ -66,7 +66,9 @@ class HiddenTerm(Section):
     def _pairs(self) -> HiddenTerm:
         if isinstance(self.layers, list):
             if not self.layers or any(len(pair) != 2 or min(pair) < 0 for pair in self.layers):
-                raise ValueError("layers must be 'all', 'last' or pairs of layer numbers such as [[0, 1], [2, 5]]")
+                raise ValueError(
+                    "layers must be 'all', 'last' or pairs of layer numbers such as [[0, 1], [2, 5]]"
+                )
         return self
 
 
@@ -348,7 +350,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
         reserved = {"output_dir": "output", "seed": "seed"} | ({"push_to_hub": "push"} if self.push else {})
-        for section, arguments in (("train", self.train), ("teacher.train", (self.teacher or TeacherConfig()).train)):
+        for section, arguments in (
+            ("train", self.train),
+            ("teacher.train", (self.teacher or TeacherConfig()).train),
+        ):
             for key in arguments:
                 if key in reserved:
                     raise ValueError(f"{section}.{key} contradicts {reserved[key]}; set {reserved[key]} only")
@@ -416,7 +421,9 @@ def _override(values: Any, text: str) -> None:
     """Set one dotted key of plain data in place."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"{text!r} is not an override; write key.key=value, such as prune.target.sparsity=0.7")
+        raise RecipeError(
+            f"{text!r} is not an override; write key.key=value, such as prune.target.sparsity=0.7"
+        )
     *parents, last = key.strip().split(".")
     for parent in parents:
         if not isinstance(values, dict):
@@ -445,7 +452,9 @@ def _section_at(section: type[BaseModel], location: tuple[int | str, ...]) -> ty
 def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem of a validation, as one line: key, what was wrong, what is allowed."""
     problem = error.errors(include_url=False)[0]
-    location = tuple(part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or "'" in part)))
+    location = tuple(
+        part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or "'" in part))
+    )
     names = [str(part) for part in location if part not in ("str", "int")]
     key = ".".join(names) or "recipe"
     if problem["type"] == "extra_forbidden":
@@ -458,8 +467,14 @@ def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
     value = repr(problem.get("input"))
     if problem["type"] == "literal_error":
         expected = problem.get("ctx", {}).get("expected", "")
-        close = difflib.get_close_matches(str(problem.get("input")), expected.replace("'", "").replace(" or ", ", ").split(", "), n=1)
-        return f"{key}: {value} is not allowed" + (f"; did you mean {close[0]}?" if close else ";") + f" Allowed: {expected}"
+        close = difflib.get_close_matches(
+            str(problem.get("input")), expected.replace("'", "").replace(" or ", ", ").split(", "), n=1
+        )
+        return (
+            f"{key}: {value} is not allowed"
+            + (f"; did you mean {close[0]}?" if close else ";")
+            + f" Allowed: {expected}"
+        )
     if problem["type"] == "value_error":
         return f"{key}: {message}" if names else message
     if len(value) > 80:

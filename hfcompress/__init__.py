@@ -1,0 +1,45 @@
+"""hfcompress: compress Hugging Face transformers inside Trainer.
+
+Importing it costs next to nothing (neither torch nor transformers is imported) and teaches transformers to load
+pruned models with plain `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hfcompress.checkpoints.hooks import install as _install
+
+if TYPE_CHECKING:
+    from hfcompress.anatomy import find_sites as find_sites
+    from hfcompress.checkpoints.io import load as load
+    from hfcompress.config import Recipe as Recipe
+    from hfcompress.pruning import Plan as Plan
+    from hfcompress.pruning import cut as cut
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Plan": "hfcompress.pruning",
+    "Recipe": "hfcompress.config",
+    "cut": "hfcompress.pruning",
+    "find_sites": "hfcompress.anatomy",
+    "load": "hfcompress.checkpoints.io",
+}
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hfcompress' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)
+
+
+_install()

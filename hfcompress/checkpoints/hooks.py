@@ -1,0 +1,72 @@
+"""What `import hfcompress` changes in other libraries, the moment they are imported; nothing is imported here.
+
+* transformers: models whose config holds a record are built with the recorded shapes, so that plain
+  `from_pretrained`, `pipeline` and `Trainer` load them, and `save_pretrained` writes folders that also load where
+  hfcompress is not installed.
+* bitsandbytes: on CPUs with AVX512-BF16, version 0.50 repacks 4-bit weights in place in the first forward pass in eval
+  mode. That corrupts what is saved afterwards, breaks adapters, and fails for widths that are no multiple of 32 (output)
+  or 64 (input), which pruned layers have. The repacking is switched off.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+
+def install() -> None:
+    """Register the changes; each is made when its library is imported, or now if it already is. Doing it twice is safe."""
+    wrapt.register_post_import_hook(patch_transformers, "transformers.modeling_utils")
+    wrapt.register_post_import_hook(patch_bitsandbytes, "bitsandbytes.nn.modules")
+
+
+def patch_transformers(module: ModuleType) -> None:
+    """Make `PreTrainedModel` build and save what a record says, in place."""
+    cls = module.PreTrainedModel
+    if getattr(cls.post_init, "hfcompress", False):
+        return
+    cls.post_init = _build_as_recorded(cls.post_init)
+    cls.save_pretrained = _save_with_record(cls.save_pretrained)
+
+
+def _build_as_recorded(original: Any) -> Any:
+    @functools.wraps(original)
+    def post_init(self: Any) -> None:
+        record = getattr(self.config, "hfcompress", None)
+        if record is not None:
+            from hfcompress.anatomy import apply_record, check_record, family_of
+
+            if check_record(record):
+                apply_record(self, family_of(self), record)
+        original(self)
+
+    post_init.hfcompress = True  # type: ignore[attr-defined]
+    return post_init
+
+
+def _save_with_record(original: Any) -> Any:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
+        if not is_main_process or getattr(self.config, "hfcompress", None) is None:
+            return original(self, save_directory, is_main_process=is_main_process, **kwargs)
+        from hfcompress.checkpoints.portable import portable_config, write_modeling_file
+
+        live = self.config
+        config = portable_config(self)
+        write_modeling_file(self, config, save_directory)
+        self.config = config
+        try:
+            return original(self, save_directory, is_main_process=is_main_process, **kwargs)
+        finally:
+            self.config = live
+
+    return save_pretrained
+
+
+def patch_bitsandbytes(module: ModuleType) -> None:
+    """Switch the repacking of 4-bit weights off, in place; a no-op for versions that do not repack."""
+    if hasattr(module, "has_avx512bf16"):
+        module.has_avx512bf16 = lambda: False
