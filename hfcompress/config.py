@@ -66,9 +66,7 @@ class HiddenTerm(Section):
     def _pairs(self) -> HiddenTerm:
         if isinstance(self.layers, list):
             if not self.layers or any(len(pair) != 2 or min(pair) < 0 for pair in self.layers):
-                raise ValueError(
-                    "layers must be 'all', 'last' or pairs of layer numbers such as [[0, 1], [2, 5]]"
-                )
+                raise ValueError("layers must be 'all', 'last' or pairs of layer numbers such as [[0, 1], [2, 5]]")
         return self
 
 
@@ -421,9 +419,7 @@ def _override(values: Any, text: str) -> None:
     """Set one dotted key of plain data in place."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(
-            f"{text!r} is not an override; write key.key=value, such as prune.target.sparsity=0.7"
-        )
+        raise RecipeError(f"{text!r} is not an override; write key.key=value, such as prune.target.sparsity=0.7")
     *parents, last = key.strip().split(".")
     for parent in parents:
         if not isinstance(values, dict):
@@ -452,9 +448,7 @@ def _section_at(section: type[BaseModel], location: tuple[int | str, ...]) -> ty
 def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem of a validation, as one line: key, what was wrong, what is allowed."""
     problem = error.errors(include_url=False)[0]
-    location = tuple(
-        part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or "'" in part))
-    )
+    location = tuple(part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or "'" in part)))
     names = [str(part) for part in location if part not in ("str", "int")]
     key = ".".join(names) or "recipe"
     if problem["type"] == "extra_forbidden":

@@ -73,9 +73,7 @@ def make_config(name: str, **changes) -> transformers.PreTrainedConfig:
     return transformers.CONFIG_MAPPING[name.partition(":")[0]](**{**CONFIGS[name], **changes})
 
 
-def make_model(
-    name: str, auto: str = "AutoModel", *, seed: int = 0, attention: str = "sdpa", **changes
-) -> nn.Module:
+def make_model(name: str, auto: str = "AutoModel", *, seed: int = 0, attention: str = "sdpa", **changes) -> nn.Module:
     """A tiny model with weights large enough that every unit matters, in eval mode."""
     torch.manual_seed(seed)
     config = make_config(name, **changes)

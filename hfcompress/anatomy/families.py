@@ -21,9 +21,7 @@ from hfcompress.anatomy.sites import (
     sites_of,
 )
 
-_SELF_ATTENTION = Attention(
-    "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
-)
+_SELF_ATTENTION = Attention("self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _GATED = FeedForward((("mlp.gate_proj", "mlp.up_proj"),), ("mlp.down_proj",))
 _BERT_FEED_FORWARD = FeedForward((("intermediate.dense",),), ("output.dense",))
 _VIT_ATTENTION = Attention(

@@ -182,7 +182,7 @@ class SkippedAttention(nn.Module):
             self.add_module(reader_name, module.get_submodule(reader_name))
 
     def forward(
-        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+        self, hidden_states: torch.Tensor, *_args: Any, past_key_values: Any = None, **_kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """The reader's bias at each position, shape (batch, length, hidden), and no attention weights."""
         if past_key_values is not None:
@@ -282,9 +282,7 @@ def _attention_site(layer: nn.Module, where: str, name: str, number: int, entry:
     units = rows // head_dim
     width = inner // units
     if entry.fused:
-        writers = [
-            Writer(f"{where}.{entry.query}", ((0, width), (inner, head_dim), (inner + rows, head_dim)))
-        ]
+        writers = [Writer(f"{where}.{entry.query}", ((0, width), (inner, head_dim), (inner + rows, head_dim)))]
     else:
         writers = [Writer(f"{where}.{entry.query}", ((0, width),))]
         writers += [Writer(f"{where}.{path}", ((0, head_dim),)) for path in (entry.key, entry.value)]
@@ -366,9 +364,7 @@ def keep_units(model: nn.Module, sites: Sequence[Site], keep: Mapping[str, torch
         raise StructureError(f"no such site: {unknown[0]}; the model has {', '.join(by_name)}")
     for name, index in keep.items():
         site = by_name[name]
-        if index.numel() and (
-            index[0] < 0 or index[-1] >= site.units or bool((index[1:] <= index[:-1]).any())
-        ):
+        if index.numel() and (index[0] < 0 or index[-1] >= site.units or bool((index[1:] <= index[:-1]).any())):
             raise StructureError(f"{name}: units to keep must be ascending, between 0 and {site.units - 1}")
     changes: list[Change] = []
     for name, index in keep.items():

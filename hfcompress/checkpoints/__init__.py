@@ -1,0 +1,1 @@
+"""Save and reload: the record, the hooks, the portable folder."""

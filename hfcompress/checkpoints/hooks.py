@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,11 @@ def patch_transformers(module: ModuleType) -> None:
         return
     cls.post_init = _build_as_recorded(cls.post_init)
     cls.save_pretrained = _save_with_record(cls.save_pretrained)
+    # Our configs repeat their shapes in `per_layer_config` for other tools; the stock classes read the global values,
+    # and the record then sets the right ones, so the warning about that reading would mislead.
+    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
+        lambda message: not str(message.msg).startswith("Reading global config value for per-layer attribute")
+    )
 
 
 def _build_as_recorded(original: Any) -> Any:
@@ -69,4 +75,4 @@ def _save_with_record(original: Any) -> Any:
 def patch_bitsandbytes(module: ModuleType) -> None:
     """Switch the repacking of 4-bit weights off, in place; a no-op for versions that do not repack."""
     if hasattr(module, "has_avx512bf16"):
-        module.has_avx512bf16 = lambda: False
+        setattr(module, "has_avx512bf16", lambda: False)  # noqa: B010

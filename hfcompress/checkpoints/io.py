@@ -42,9 +42,7 @@ def load(path_or_repo: str | Path, *, revision: str | None = None, **kwargs: Any
         1
     """
     hooks.install()
-    config = transformers.AutoConfig.from_pretrained(
-        path_or_repo, revision=revision, token=kwargs.get("token")
-    )
+    config = transformers.AutoConfig.from_pretrained(path_or_repo, revision=revision, token=kwargs.get("token"))
     read_steps(config)
     architectures = config.architectures or []
     cls = getattr(transformers, architectures[0], None) if len(architectures) == 1 else None

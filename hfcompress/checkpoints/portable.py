@@ -18,9 +18,7 @@ from hfcompress.checkpoints.record import read_units
 logger = logging.getLogger(__name__)
 
 MODELING_FILE = "modeling_hfcompress.py"
-_AUTO_CLASSES = tuple(
-    name for name in dir(transformers) if name.startswith("AutoModel") and "Backbone" not in name
-)
+_AUTO_CLASSES = tuple(name for name in dir(transformers) if name.startswith("AutoModel") and "Backbone" not in name)
 
 
 def portable_config(model: nn.Module) -> Any:
@@ -114,7 +112,7 @@ def _builds(cls: type, config: Any, model: nn.Module) -> bool:
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Logical shape of every linear layer and of every other parameter; quantized weights hide theirs."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
             shapes[name] = (module.out_features, module.in_features)
@@ -139,12 +137,7 @@ def _per_layer_config(model: nn.Module) -> dict[int, dict[str, int]] | None:
     """Heads and widths in transformers' `per_layer_config` schema; None where the schema has no word for them."""
     family, found = family_of(model), find_sites(model)
     names = getattr(model.config, "attribute_map", {})
-    if (
-        len(family.stacks) > 1
-        or family.width_key is None
-        or family.width_per_hidden
-        or any(not s.units for s in found)
-    ):
+    if len(family.stacks) > 1 or family.width_key is None or family.width_per_hidden or any(not s.units for s in found):
         return None
     per_layer: dict[int, dict[str, int]] = {}
     for site in found:
@@ -206,12 +199,8 @@ def modeling_source(model: nn.Module) -> str:
     """
     source = inspect.getsource(sites)
     _, _, body = source.partition("from __future__ import annotations\n")
-    if not body or "hfcompress." in "".join(
-        line for line in body.splitlines() if line.startswith(("import", "from"))
-    ):
-        raise StructureError(
-            "hfcompress/anatomy/sites.py must not import from hfcompress: it travels with checkpoints"
-        )
+    if not body or "hfcompress." in "".join(line for line in body.splitlines() if line.startswith(("import", "from"))):
+        raise StructureError("hfcompress/anatomy/sites.py must not import from hfcompress: it travels with checkpoints")
     names = sorted({type(model).__name__, type(_base(model)).__name__})
     classes = "\n\n".join(_CLASS.format(name=name) for name in names)
     return _HEADER + body + f"\n\nFAMILY = {family_of(model)!r}\n\n\n" + classes

@@ -27,11 +27,7 @@ def read_steps(config: Any) -> list[dict[str, Any]]:
         return []
     check_record(record)
     steps = record.get("steps", [])
-    if (
-        not isinstance(steps, list)
-        or len(steps) > _MAX_STEPS
-        or not all(isinstance(s, Mapping) for s in steps)
-    ):
+    if not isinstance(steps, list) or len(steps) > _MAX_STEPS or not all(isinstance(s, Mapping) for s in steps):
         raise StructureError(f"config.hfcompress.steps must be a list of at most {_MAX_STEPS} mappings")
     return [dict(step) for step in steps]
 

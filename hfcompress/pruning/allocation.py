@@ -7,6 +7,7 @@ weakest go until the budget is met.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,13 +82,9 @@ def allocate(
     prunable = [site for site in sites if site.units and site.kind in config.units]
     kept = {site.name: site.units for site in sites}
     order = {
-        site.name: torch.argsort(scores[site.name].detach().cpu(), descending=True, stable=True)
-        for site in prunable
+        site.name: torch.argsort(scores[site.name].detach().cpu(), descending=True, stable=True) for site in prunable
     }
-    if config.uniform:
-        groups = _alike(prunable)
-    else:
-        groups = [[site] for site in prunable]
+    groups = _alike(prunable) if config.uniform else [[site] for site in prunable]
     if config.scope == "site":
         _same_share(groups, original, config, sparsity * total / max(1, _cost(prunable, original)), kept)
     else:
@@ -152,11 +149,9 @@ def _weakest_first(
         allowed = counts_allowed(
             units, multiple_of=getattr(config.multiple_of, kind), at_least=getattr(config.at_least, kind)
         )
-        ranked = torch.stack(
-            [scores[site.name].detach().cpu().double()[order[site.name]] for site in group]
-        ).sum(0)
+        ranked = torch.stack([scores[site.name].detach().cpu().double()[order[site.name]] for site in group]).sum(0)
         cost = sum(site.parameters_per_unit for site in group)
-        for upper, lower in zip(allowed, allowed[1:], strict=False):
+        for upper, lower in itertools.pairwise(allowed):
             chunks.append(_Chunk(float(ranked[lower:upper].sum()), cost * (upper - lower), number, lower))
     # Within a group scores fall with rank, so the order by density is also the order of ranks; ties go by rank.
     chunks.sort(key=lambda chunk: (chunk.score / chunk.parameters, -chunk.rank, chunk.group))

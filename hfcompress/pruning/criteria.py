@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hfcompress.anatomy import Site
-from hfcompress.anatomy.sites import Conv1D
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ def magnitude(site: Site, evidence: Evidence) -> torch.Tensor:
         >>> torch.allclose(magnitude(site, Evidence(model)), expected, atol=1e-6)
         True
     """
-    scores = _per_unit(
-        _squares(evidence.model.get_submodule(site.reader), output=False), 0, site.width, site.units
-    )
+    scores = _per_unit(_squares(evidence.model.get_submodule(site.reader), output=False), 0, site.width, site.units)
     for writer in site.writers:
         squares = _squares(evidence.model.get_submodule(writer.module), output=True)
         for start, width in writer.bands:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -45,14 +45,12 @@ class Gates:
             self.values[site.name] = torch.ones(site.units, device=device)  # type: ignore[arg-type]
             self._handles.append(reader.register_forward_pre_hook(self._hook(site.name, site.width)))
 
-    def _hook(self, name: str, width: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
-        def multiply(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _hook(self, name: str, width: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+        def multiply(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             features, *rest = args
             gate = self.values[name]
             if gate.device != features.device:
-                gate = self.values[name] = (
-                    gate.detach().to(features.device).requires_grad_(gate.requires_grad)
-                )
+                gate = self.values[name] = gate.detach().to(features.device).requires_grad_(gate.requires_grad)
             if width > 1:
                 gate = gate.repeat_interleave(width)
             return (features * gate.to(features.dtype), *rest)
