@@ -1,6 +1,7 @@
 """What a transformer is made of: sites, units, families."""
 
 from hfcompress.anatomy.families import FAMILIES, family_of, find_layers, find_sites
+from hfcompress.anatomy.native import uniform_config
 from hfcompress.anatomy.sites import (
     Change,
     Family,
@@ -25,4 +26,5 @@ __all__ = [
     "find_layers",
     "find_sites",
     "keep_units",
+    "uniform_config",
 ]

@@ -172,11 +172,12 @@ class SkippedAttention(nn.Module):
     the cache of their first layer.
     """
 
-    def __init__(self, module: nn.Module, reader_name: str | None, unit_width: int, query_heads: int) -> None:
+    def __init__(self, module: nn.Module, reader_name: str | None, site: Site) -> None:
         super().__init__()
         self.reader_name = reader_name
-        self.unit_width = unit_width
-        self.query_heads = query_heads
+        self.unit_width = site.width
+        self.query_heads = site.query_heads
+        self.parameters_per_unit = site.parameters_per_unit
         self.layer_idx = getattr(module, "layer_idx", None)
         if reader_name is not None:
             self.add_module(reader_name, module.get_submodule(reader_name))
@@ -264,7 +265,7 @@ def _attention_site(layer: nn.Module, where: str, name: str, number: int, entry:
             units=0,
             width=module.unit_width,
             query_heads=module.query_heads,
-            parameters_per_unit=0,
+            parameters_per_unit=module.parameters_per_unit,
         )
     head_dim = next((int(getattr(module, n)) for n in _HEAD_DIM_NAMES if hasattr(module, n)), 0)
     inner, hidden = linear_features(reader)
@@ -396,7 +397,7 @@ def _skip(model: nn.Module, site: Site, block: nn.Module, changes: list[Change])
     inside = site.reader.startswith(f"{site.block}.")
     reader_name = site.reader[len(site.block) + 1 :] if inside else None
     parent, _, child = site.block.rpartition(".")
-    stub = SkippedAttention(block, reader_name, site.width, site.query_heads)
+    stub = SkippedAttention(block, reader_name, site)
     setattr(model.get_submodule(parent), child, stub.train(block.training))
     left = {id(parameter) for parameter in model.parameters()}
     return [c if id(c.new) in left else Change(c.old, None, c.dim, c.index) for c in changes]

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from hfcompress.anatomy import Site, StructureError, family_of, find_sites, sites
+from hfcompress.anatomy import Site, StructureError, family_of, find_sites, sites, uniform_config
 from hfcompress.checkpoints.record import read_units
 
 logger = logging.getLogger(__name__)
@@ -68,31 +68,18 @@ def plain_config(model: nn.Module) -> Any | None:
         >>> plain_config(model) is None
         True
     """
-    family, found = family_of(model), find_sites(model)
+    found = find_sites(model)
+    heads = [site for site in found if site.kind == "heads"]
+    neurons = [site for site in found if site.kind == "neurons"]
+    if len({(site.units, site.query_heads, site.width) for site in heads}) != 1 or len({s.units for s in neurons}) != 1:
+        return None
     config = copy.deepcopy(model.config)
     _forget_per_layer(config)
-    record = dict(getattr(config, "hfcompress", None) or {})
-    record.pop("units", None)
-    config.hfcompress = record
-    if "auto_map" in config.__dict__:
-        del config.auto_map
-    heads = {(site.units, site.query_heads, site.width) for site in found if site.kind == "heads"}
-    neurons = {site.units for site in found if site.kind == "neurons"}
-    if len(heads) != 1 or len(neurons) != 1:
-        return None
-    (groups, per_group, width), count = heads.pop(), neurons.pop()
-    try:
-        if family.head_dim_key is not None and per_group:
-            setattr(config, family.head_dim_key, width // per_group)
-        setattr(config, family.heads_key, groups * per_group)
-        if family.kv_heads_key is not None:
-            setattr(config, family.kv_heads_key, groups)
-        if family.width_key is not None and not family.width_per_hidden:
-            setattr(config, family.width_key, count)
-        elif family.width_key is not None and count % config.hidden_size == 0:
-            setattr(config, family.width_key, count // config.hidden_size)
-    except (ValueError, TypeError, AttributeError) as error:  # strict configs check what is set
-        logger.debug("the config of %s does not take these shapes: %s", type(model).__name__, error)
+    config.__dict__.pop("auto_map", None)
+    config.hfcompress = {key: value for key, value in (config.hfcompress or {}).items() if key != "units"}
+    units = (heads[0].units, neurons[0].units)
+    config = uniform_config(config, family_of(model), heads=heads[0], neurons=neurons[0], units=units)
+    if config is None:
         return None
     return config if _builds(type(model), config, model) else None
 

@@ -2,8 +2,9 @@
 
 from hfcompress.pruning.allocation import BudgetError, allocate
 from hfcompress.pruning.criteria import CRITERIA, Evidence
-from hfcompress.pruning.gates import Gates
+from hfcompress.pruning.gates import Gates, gate_gradients
 from hfcompress.pruning.plan import Plan, cut, original_units
+from hfcompress.pruning.pruner import Pruner
 from hfcompress.pruning.schedules import make_schedule, update_steps
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "Evidence",
     "Gates",
     "Plan",
+    "Pruner",
     "allocate",
     "cut",
+    "gate_gradients",
     "make_schedule",
     "original_units",
     "update_steps",

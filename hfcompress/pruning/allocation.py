@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,15 +42,18 @@ def allocate(
     config: PruneConfig,
     *,
     sparsity: float,
+    permitted: Mapping[str, Collection[int]] | None = None,
 ) -> Plan:
     """Choose the units that stay so that at least a given share of the prunable parameters is gone.
 
     Args:
-        sites: Sites of the model as it is.
+        sites: All sites of the model as it is.
         scores: Site name to one score per unit, float, shape (units,); higher = keep; sums over the unit's weights.
+            Sites without units need none.
         original: Site name to units before anything was pruned; the budget counts from there.
         config: Which kinds, scope, multiples, minimum and uniformity.
         sparsity: Share of the parameters of all heads and neurons (of the dense model) that is to be gone, in [0, 1).
+        permitted: Kind to the counts that a site may be left with; None means all.
 
     Returns:
         The plan, with an entry for every site. Units already gone stay gone; never more than one chunk too many goes.
@@ -69,14 +72,13 @@ def allocate(
         >>> plan.keep["encoder.0.neurons"], plan.keep["encoder.1.heads"]
         ((2, 3, 4, 5, 6, 7), (0, 1))
     """
-    names = [site.name for site in sites if site.units]
     costs = {site.name: site.parameters_per_unit for site in sites}
-    for name in names:
+    for name in (site.name for site in sites if site.units):
         if not bool(torch.isfinite(scores[name]).all()):
             raise BudgetError(
                 f"{name}: scores hold NaN or infinity; the training has diverged or a gradient overflowed"
             )
-    total = sum(costs[name] * original[name] for name in names)
+    total = sum(costs[name] * original[name] for name in costs)
     alive = sum(site.parameters_per_unit * site.units for site in sites)
     budget = alive - (1.0 - sparsity) * total
     prunable = [site for site in sites if site.units and site.kind in config.units]
@@ -86,9 +88,10 @@ def allocate(
     }
     groups = _alike(prunable) if config.uniform else [[site] for site in prunable]
     if config.scope == "site":
-        _same_share(groups, original, config, sparsity * total / max(1, _cost(prunable, original)), kept)
+        chosen = sum(costs[site.name] * original[site.name] for site in sites if site.kind in config.units)
+        _same_share(prunable, original, config, permitted, sparsity * total / max(1, chosen), kept)
     else:
-        _weakest_first(groups, order, scores, config, budget, kept)
+        _weakest_first(groups, order, scores, config, permitted, budget, kept)
     gone = sum(costs[name] * (site.units - kept[name]) for site in sites for name in [site.name])
     if gone < budget * (1 - 1e-9) and config.scope == "global":
         reachable = 1 - (alive - gone) / total
@@ -103,10 +106,6 @@ def allocate(
     return Plan(keep)
 
 
-def _cost(sites: Sequence[Site], original: Mapping[str, int]) -> int:
-    return sum(site.parameters_per_unit * original[site.name] for site in sites)
-
-
 def _alike(sites: Sequence[Site]) -> list[list[Site]]:
     """Sites of one kind in one group."""
     kinds: dict[str, list[Site]] = {}
@@ -119,6 +118,12 @@ def _alike(sites: Sequence[Site]) -> list[list[Site]]:
                 f"layers cannot be made alike: their {kind} already differ ({counts}); start from an even model"
             )
     return list(kinds.values())
+
+
+def _allowed(site: Site, config: PruneConfig, permitted: Mapping[str, Collection[int]] | None) -> list[int]:
+    multiple_of, at_least = getattr(config.multiple_of, site.kind), getattr(config.at_least, site.kind)
+    counts = counts_allowed(site.units, multiple_of=multiple_of, at_least=at_least)
+    return counts if permitted is None else [site.units, *(c for c in counts[1:] if c in permitted[site.kind])]
 
 
 def counts_allowed(units: int, *, multiple_of: int, at_least: int) -> list[int]:
@@ -139,16 +144,14 @@ def _weakest_first(
     order: Mapping[str, torch.Tensor],
     scores: Mapping[str, torch.Tensor],
     config: PruneConfig,
+    permitted: Mapping[str, Collection[int]] | None,
     budget: float,
     kept: dict[str, int],
 ) -> None:
     """Drop chunks by score per parameter until the budget is gone; writes the counts into `kept`."""
     chunks = []
     for number, group in enumerate(groups):
-        kind, units = group[0].kind, group[0].units
-        allowed = counts_allowed(
-            units, multiple_of=getattr(config.multiple_of, kind), at_least=getattr(config.at_least, kind)
-        )
+        allowed = _allowed(group[0], config, permitted)
         ranked = torch.stack([scores[site.name].detach().cpu().double()[order[site.name]] for site in group]).sum(0)
         cost = sum(site.parameters_per_unit for site in group)
         for upper, lower in itertools.pairwise(allowed):
@@ -165,24 +168,19 @@ def _weakest_first(
 
 
 def _same_share(
-    groups: list[list[Site]],
+    sites: list[Site],
     original: Mapping[str, int],
     config: PruneConfig,
+    permitted: Mapping[str, Collection[int]] | None,
     share: float,
     kept: dict[str, int],
 ) -> None:
     """Drop the same share of every site, as near as multiples and minimum allow; writes the counts into `kept`."""
     if share >= 1:
         raise BudgetError(
-            f"a sparsity of {share:.2f} of the chosen units cannot be reached; ask for less or allow more units"
+            f"units {config.units} would all have to go to reach the sparsity; ask for less or allow more units"
         )
-    for group in groups:
-        kind = group[0].kind
-        for site in group:
-            allowed = counts_allowed(
-                site.units,
-                multiple_of=getattr(config.multiple_of, kind),
-                at_least=getattr(config.at_least, kind),
-            )
-            wanted = (1 - share) * original[site.name]
-            kept[site.name] = min(allowed, key=lambda count: (abs(count - wanted), count))
+    for site in sites:
+        wanted = (1 - share) * original[site.name]
+        allowed = _allowed(site, config, permitted)
+        kept[site.name] = min(allowed, key=lambda count: (abs(count - wanted), count))  # noqa: B023

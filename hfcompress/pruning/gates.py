@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hfcompress.anatomy import Site
 
@@ -100,3 +101,48 @@ class Gates:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def gate_gradients(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+    """Gradient of the loss with respect to an open gate on every unit, read off the gradients of the readers' weights.
+
+    A gate g_u scales column u of the reader, so dL/dg_u at 1 is the sum over the column of weight times gradient. No hook
+    and no second pass is needed, and whatever the weights' gradients were summed over (accumulated batches, processes)
+    the gates' are too.
+
+    Args:
+        model: The model after a backward pass, not wrapped.
+        sites: Sites with units.
+
+    Returns:
+        Site name to float32, shape (units,); zeros where this backward pass did not reach the layer.
+
+    Raises:
+        ValueError: A reader is frozen.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from hfcompress.anatomy import find_sites
+        >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=4)).eval()
+        >>> gates = Gates(model, find_sites(model))
+        >>> gates.require_grad()
+        >>> model(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state.square().sum().backward()
+        >>> by_hook, by_weight = gates.take_gradients(), gate_gradients(model, find_sites(model))
+        >>> all(torch.allclose(by_hook[name], by_weight[name], atol=1e-3) for name in by_weight)
+        True
+    """
+    gradients = {}
+    for site in sites:
+        reader = model.get_submodule(site.reader)
+        weight = reader.weight
+        if not weight.requires_grad:
+            raise ValueError(
+                f"{site.reader} is frozen, so the criterion first_order cannot see its units; train it, or use magnitude"
+            )
+        if weight.grad is None:
+            gradients[site.name] = torch.zeros(site.units, device=weight.device)  # type: ignore[arg-type]
+            continue
+        rows = 1 if isinstance(reader, Conv1D) else 0
+        product = (weight.detach().float() * weight.grad.detach().float()).sum(rows)  # type: ignore[operator, union-attr]
+        gradients[site.name] = product.view(site.units, site.width).sum(1)
+    return gradients
