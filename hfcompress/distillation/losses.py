@@ -8,7 +8,7 @@ several batches or processes, so that the sum over the parts equals the loss of 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 
 def mean_over_items(

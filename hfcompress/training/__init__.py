@@ -1,0 +1,21 @@
+"""The trainers."""
+
+from hfcompress.training.trainers import (
+    CompressionTrainer,
+    DistillationTrainer,
+    PlainTrainer,
+    PruningTrainer,
+    Seq2SeqCompressionTrainer,
+    Seq2SeqDistillationTrainer,
+    Seq2SeqPruningTrainer,
+)
+
+__all__ = [
+    "CompressionTrainer",
+    "DistillationTrainer",
+    "PlainTrainer",
+    "PruningTrainer",
+    "Seq2SeqCompressionTrainer",
+    "Seq2SeqDistillationTrainer",
+    "Seq2SeqPruningTrainer",
+]

@@ -1,0 +1,257 @@
+"""The base of all our trainers: a loss that is the same however a batch is split, and checkpoints that really load.
+
+Plain transformers 5.17 to 5.23 multiplies the loss of BERT, RoBERTa and DistilBERT by the number of accumulated batches and
+processes, and skips the weights of ViT and its kin on resume (their names on disk differ from those in memory).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hfcompress.anatomy import StructureError, family_of, find_sites, keep_units
+from hfcompress.anatomy.sites import RECORD_VERSION
+from hfcompress.checkpoints.record import read_units
+from hfcompress.training.items import ItemCounts, count_items
+
+logger = logging.getLogger(__name__)
+
+TRAINING_ARGUMENTS_FILE = "training_args.json"
+
+
+class ExactTrainerMixin:
+    """Overrides of `Trainer` that every trainer of ours shares.
+
+    * `get_batch_samples`: counts what losses are averaged over, for the whole optimizer step.
+    * `compute_loss`: divides by these counts, so that accumulation and processes do not change the gradient.
+    * `train`: adds what was done to the model's record.
+    * `log`: adds the mean of each loss term since the last log.
+    * `_load_from_checkpoint`, `_load_best_model`: load through `from_pretrained`, which knows names and shapes on disk.
+    * `_save`: writes the training arguments as JSON instead of a pickle.
+    """
+
+    # The loss is normalized over the accumulated batch; Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Releases without `loss_is_scaled_for_ga` ask this instead. It only says that counts are worth passing.
+        self.model_accepts_loss_kwargs = True
+        self._term_sums: dict[str, torch.Tensor] = {}
+        self._terms_since_step = 0
+        if self.args.n_gpu > 1:  # type: ignore[has-type]
+            logger.warning(
+                "several GPUs are visible to one process; DataParallel is slow and breaks distillation, so one GPU is used. "
+                "Start with `accelerate launch` to use all"
+            )
+            self.args._n_gpu = 1
+        self._warn_about_ignored_fsdp()
+
+    def _warn_about_ignored_fsdp(self) -> None:
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            logger.warning(
+                "FSDP was asked for, but Accelerate ignores it on this device: plain data parallelism is used"
+            )
+
+    def _record_steps(self) -> None:
+        """Add what this run did to the record in the model's config; the mixins each add their step."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does, then write down in the model's record what was done."""
+        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        self._record_steps()
+        return output
+
+    # ---- loss ----
+
+    @property
+    def _predicts_next_token(self) -> bool:
+        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        base = getattr(model, "get_base_model", lambda: model)()
+        return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not base.config.is_encoder_decoder
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], ItemCounts]:
+        """The batches of one optimizer step and the number of items in them, over all processes."""
+        batches: list[Any] = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        counts = count_items(batches, shifted=self._predicts_next_token, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:  # type: ignore[attr-defined]
+            counts = self.accelerator.reduce(counts, reduction="sum")  # type: ignore[attr-defined]
+            return batches, ItemCounts.from_tensor(counts, scale=float(self.accelerator.num_processes))  # type: ignore[attr-defined]
+        return batches, ItemCounts.from_tensor(counts)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Sum of the loss terms, each the mean over its items in the whole optimizer step.
+
+        In evaluation the mean is over the batch at hand. Inputs are never changed.
+        """
+        if isinstance(num_items_in_batch, ItemCounts):
+            counts = num_items_in_batch
+        else:
+            device = self.args.device  # type: ignore[attr-defined]
+            counts = ItemCounts.from_tensor(count_items([inputs], shifted=self._predicts_next_token, device=device))
+        outputs, terms = self._loss_terms(model, inputs, counts)
+        if not terms:
+            raise ValueError(
+                f"there is no loss to train on: the batch has {', '.join(inputs)} and no labels, and nothing is distilled"
+            )
+        loss = torch.stack([term.float() for term in terms.values()]).sum() * counts.scale
+        if model.training:
+            self._add_up({name: term.detach() * counts.scale for name, term in terms.items()})
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_terms(
+        self, model: nn.Module, inputs: Mapping[str, Any], counts: ItemCounts
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Outputs of the model, and the loss terms by name; here only that of the labels."""
+        outputs = self._run_model(model, inputs)
+        task = self._task_loss(outputs, inputs, counts)
+        return outputs, {} if task is None else {"task": task}
+
+    def _run_model(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        custom = self.compute_loss_func is not None or self.label_smoother is not None  # type: ignore[attr-defined]
+        return model(**{name: value for name, value in inputs.items() if not (custom and name == "labels")})
+
+    def _task_loss(self, outputs: Any, inputs: Mapping[str, Any], counts: ItemCounts) -> torch.Tensor | None:
+        """The loss on the labels as a sum over this batch divided by the labels of the optimizer step."""
+        labels = inputs.get("labels")
+        if self.compute_loss_func is not None:  # type: ignore[attr-defined]
+            # The function is told how many items there are, as Trainer does, and has to divide by that itself.
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=counts.labels)  # type: ignore[attr-defined]
+        shifted = self._predicts_next_token
+        if self.label_smoother is not None and labels is not None:  # type: ignore[attr-defined]
+            loss = self.label_smoother(outputs, labels, shift_labels=shifted)  # type: ignore[attr-defined]
+        else:
+            loss = outputs.get("loss") if isinstance(outputs, dict) else (outputs[0] if labels is not None else None)
+        if loss is None:
+            return None
+        mean_over = count_items([inputs], shifted=shifted, device=loss.device)[1]
+        # A batch whose labels are all ignored has no mean; it adds nothing.
+        loss = torch.where(mean_over > 0, loss, torch.zeros_like(loss))
+        return loss * mean_over / counts.labels.clamp(min=1)
+
+    # ---- logs ----
+
+    def _add_up(self, terms: Mapping[str, torch.Tensor]) -> None:
+        if not self._term_sums:
+            self._terms_since_step = self.state.global_step  # type: ignore[attr-defined]
+        for name, value in terms.items():
+            total = self._term_sums.get(name)
+            self._term_sums[name] = value.float() if total is None else total + value.float()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as Trainer does, with the mean of each loss term since the last log as loss_<term>."""
+        steps = self.state.global_step - self._terms_since_step  # type: ignore[attr-defined]
+        if "loss" in logs and self._term_sums and steps > 0:
+            names = sorted(self._term_sums)
+            sums = torch.stack([self._term_sums[name] for name in names])
+            values = (self.accelerator.reduce(sums, reduction="mean") / steps).tolist()  # type: ignore[attr-defined]
+            if len(names) > 1:
+                logs = {**logs, **{f"loss_{name}": value for name, value in zip(names, values, strict=True)}}
+            self._term_sums.clear()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    # ---- checkpoints ----
+
+    def _loads_plainly(self, model: nn.Module) -> bool:
+        """Whether a checkpoint of this model is a folder that `from_pretrained` of its class reads."""
+        return (
+            isinstance(model, PreTrainedModel)
+            and getattr(model, "quantization_method", None) is None
+            and not getattr(model, "_hf_peft_config_loaded", False)
+            and not self.is_deepspeed_enabled  # type: ignore[attr-defined]
+            and not self.is_fsdp_enabled  # type: ignore[attr-defined]
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model  # type: ignore[has-type]
+        if self._loads_plainly(target):
+            load_weights(target, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        if not self._loads_plainly(self.model):
+            super()._load_best_model()  # type: ignore[misc]
+            return
+        logger.info("loading the best model from %s (score %s)", best, self.state.best_metric)  # type: ignore[attr-defined]
+        load_weights(self.model, best)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if self.args.should_save:  # type: ignore[attr-defined]
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)  # type: ignore[attr-defined]
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            arguments = json.loads(self.args.to_json_string())  # type: ignore[attr-defined]
+            (folder / TRAINING_ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load a checkpoint into a live model, in place, cutting the model to the checkpoint's shapes first.
+
+    Args:
+        model: The model; its units may be more than the checkpoint's, never fewer.
+        folder: A folder that `save_pretrained` wrote.
+
+    Raises:
+        StructureError: The checkpoint is of another architecture, or holds more units than the model has left.
+        OSError: The folder holds no checkpoint.
+    """
+    fresh = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    if type(fresh.config) is not type(model.config):
+        raise StructureError(f"{folder} holds a {fresh.config.model_type}, the model is a {model.config.model_type}")
+    _match_shapes(model, fresh, folder)
+    model.load_state_dict(fresh.state_dict())
+    record = getattr(fresh.config, "hfcompress", None)
+    if record is not None:
+        model.config.hfcompress = {
+            **record,
+            **({"units": model.config.hfcompress["units"]} if read_units(model.config) else {}),
+        }
+
+
+def _match_shapes(model: PreTrainedModel, fresh: PreTrainedModel, folder: str | Path) -> None:
+    """Cut `model` to the units of `fresh`, in place, and record it."""
+    try:
+        family_of(model)
+    except StructureError:
+        return  # an architecture without sites was never cut
+    sites = find_sites(model)
+    left = {site.name: site.units for site in find_sites(fresh)}
+    before = {site.name: site.units for site in sites} | {
+        name: pair[1] for name, pair in read_units(model.config).items()
+    }
+    for site in sites:
+        if left.get(site.name, 0) > site.units:
+            raise StructureError(
+                f"{folder} has {left[site.name]} units in {site.name}, the model only {site.units}; start from the unpruned model"
+            )
+    keep_units(
+        model, sites, {site.name: torch.arange(left[site.name]) for site in sites if left[site.name] < site.units}
+    )
+    units = {name: [left[name], before[name]] for name in left if left[name] != before[name]}
+    if units:
+        record = dict(getattr(model.config, "hfcompress", None) or {"version": RECORD_VERSION})
+        model.config.hfcompress = {**record, "units": units}
