@@ -71,11 +71,11 @@ class DistillationMixin(ExactTrainerMixin):
                 "the recipe asks for distillation, but no teacher was given; pass teacher=a model or a path"
             )
         self._set_teacher(teacher)
-        self.add_callback(_ProjectionCallback(self))  # type: ignore[attr-defined]
+        self.add_callback(_ProjectionCallback(self))
 
     def _set_teacher(self, teacher: PreTrainedModel | str) -> None:
         assert self.distill is not None
-        student = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        student = self.accelerator.unwrap_model(self.model)
         if isinstance(teacher, str):
             teacher = type(student).from_pretrained(teacher, use_safetensors=True)
         if teacher is student:
@@ -83,8 +83,8 @@ class DistillationMixin(ExactTrainerMixin):
                 "teacher and model are the same object; pass a copy: copy.deepcopy(model) or from_pretrained"
             )
         _check_outputs_match(student, teacher)
-        self.teacher = Teacher(teacher, label_names=self.label_names)  # type: ignore[attr-defined]
-        self.teacher.to(self.args.device)  # type: ignore[attr-defined]
+        self.teacher = Teacher(teacher, label_names=self.label_names)
+        self.teacher.to(self.args.device)
         if self.distill.hidden.weight > 0:
             self._layer_pairs = make_map(
                 self.distill.hidden.layers,
@@ -97,13 +97,13 @@ class DistillationMixin(ExactTrainerMixin):
     def _loss_terms(
         self, model: nn.Module, inputs: Mapping[str, Any], counts: ItemCounts
     ) -> tuple[Any, dict[str, torch.Tensor]]:
-        has_labels = any(inputs.get(name) is not None for name in self.label_names)  # type: ignore[attr-defined]
+        has_labels = any(inputs.get(name) is not None for name in self.label_names)
         if self.teacher is None or self.distill is None or (not model.training and has_labels):
             return super()._loss_terms(model, inputs, counts)
-        student = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
+        student = self.accelerator.unwrap_model(model)
         with self._capture(student, side=0) as ours:
             outputs = self._run_model(model, inputs)
-        with self._capture(self.teacher.model, side=1) as theirs, self.accelerator.autocast():  # type: ignore[attr-defined]
+        with self._capture(self.teacher.model, side=1) as theirs, self.accelerator.autocast():
             targets = self.teacher(inputs)
         terms: dict[str, torch.Tensor] = {}
         task = self._task_loss(outputs, inputs, counts) if self.distill.task.weight > 0 and has_labels else None
@@ -196,12 +196,12 @@ class DistillationMixin(ExactTrainerMixin):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer as Trainer does, with a group for the projections between unequal widths."""
-        optimizer = super().create_optimizer(*(() if model is None else (model,)))  # type: ignore[misc]
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))
         self._make_projections()
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         fresh = [parameter for parameter in self._projections.parameters() if id(parameter) not in known]
         if fresh:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 raise ValueError(
                     "distill.hidden between different widths needs projections, which FSDP and DeepSpeed do not train here; "
                     "use plain data parallelism, or layers of equal width"
@@ -212,18 +212,18 @@ class DistillationMixin(ExactTrainerMixin):
     def _make_projections(self) -> None:
         if not self._layer_pairs or self.teacher is None or len(self._projections):
             return
-        student = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        student = self.accelerator.unwrap_model(self.model)
         widths = student.config.hidden_size, self.teacher.model.config.hidden_size  # type: ignore[union-attr]
         if widths[0] == widths[1]:
             return
         for pair in self._layer_pairs:
             self._projections[f"{pair[0]}_{pair[1]}"] = nn.Linear(*widths, bias=False)
-        self._projections.to(self.args.device)  # type: ignore[attr-defined]
+        self._projections.to(self.args.device)
         path = Path(self._resumed_from or "") / PROJECTIONS_FILE
         if self._resumed_from and path.is_file():
             safetensors.torch.load_model(self._projections, path)
         for parameter in self._projections.parameters():
-            if self.args.world_size > 1:  # type: ignore[attr-defined]
+            if self.args.world_size > 1:
                 torch.distributed.broadcast(parameter.data, src=0)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -231,22 +231,22 @@ class DistillationMixin(ExactTrainerMixin):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        if len(self._projections) and self.args.should_save:  # type: ignore[attr-defined]
+        super()._save_optimizer_and_scheduler(output_dir)
+        if len(self._projections) and self.args.should_save:
             safetensors.torch.save_model(self._projections, str(Path(output_dir) / PROJECTIONS_FILE))
 
     def _record_steps(self) -> None:
         super()._record_steps()
         if self.distill is None or self.teacher is None:
             return
-        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = self.accelerator.unwrap_model(self.model)
         teacher = self.teacher.model
         add_step(
             model.config,
             "distill",
             teacher=str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__),  # type: ignore[union-attr]
             settings=self.distill.model_dump(),
-            optimizer_steps=self.state.global_step,  # type: ignore[attr-defined]
+            optimizer_steps=self.state.global_step,
         )
 
 

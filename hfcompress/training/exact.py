@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,12 +23,17 @@ from hfcompress.anatomy.sites import RECORD_VERSION
 from hfcompress.checkpoints.record import read_units
 from hfcompress.training.items import ItemCounts, count_items
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _TrainerBase
+else:
+    _TrainerBase = object  # mixed into Trainer and Seq2SeqTrainer alike
+
 logger = logging.getLogger(__name__)
 
 TRAINING_ARGUMENTS_FILE = "training_args.json"
 
 
-class ExactTrainerMixin:
+class ExactTrainerMixin(_TrainerBase):
     """Overrides of `Trainer` that every trainer of ours shares.
 
     * `get_batch_samples`: counts what losses are averaged over, for the whole optimizer step.
@@ -48,7 +53,7 @@ class ExactTrainerMixin:
         self.model_accepts_loss_kwargs = True
         self._term_sums: dict[str, torch.Tensor] = {}
         self._terms_since_step = 0
-        if self.args.n_gpu > 1:  # type: ignore[has-type]
+        if self.args.n_gpu > 1:
             logger.warning(
                 "several GPUs are visible to one process; DataParallel is slow and breaks distillation, so one GPU is used. "
                 "Start with `accelerate launch` to use all"
@@ -57,7 +62,7 @@ class ExactTrainerMixin:
         self._warn_about_ignored_fsdp()
 
     def _warn_about_ignored_fsdp(self) -> None:
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not self.is_fsdp_enabled:
             logger.warning(
                 "FSDP was asked for, but Accelerate ignores it on this device: plain data parallelism is used"
             )
@@ -67,7 +72,7 @@ class ExactTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, then write down in the model's record what was done."""
-        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        output = super().train(*args, **kwargs)
         self._record_steps()
         return output
 
@@ -75,7 +80,7 @@ class ExactTrainerMixin:
 
     @property
     def _predicts_next_token(self) -> bool:
-        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = self.accelerator.unwrap_model(self.model)
         base = getattr(model, "get_base_model", lambda: model)()
         return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not base.config.is_encoder_decoder
 
@@ -90,9 +95,9 @@ class ExactTrainerMixin:
             except StopIteration:
                 break
         counts = count_items(batches, shifted=self._predicts_next_token, device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:  # type: ignore[attr-defined]
-            counts = self.accelerator.reduce(counts, reduction="sum")  # type: ignore[attr-defined]
-            return batches, ItemCounts.from_tensor(counts, scale=float(self.accelerator.num_processes))  # type: ignore[attr-defined]
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+            return batches, ItemCounts.from_tensor(counts, scale=float(self.accelerator.num_processes))
         return batches, ItemCounts.from_tensor(counts)
 
     def compute_loss(
@@ -109,7 +114,7 @@ class ExactTrainerMixin:
         if isinstance(num_items_in_batch, ItemCounts):
             counts = num_items_in_batch
         else:
-            device = self.args.device  # type: ignore[attr-defined]
+            device = self.args.device
             counts = ItemCounts.from_tensor(count_items([inputs], shifted=self._predicts_next_token, device=device))
         outputs, terms = self._loss_terms(model, inputs, counts)
         if not terms:
@@ -130,18 +135,18 @@ class ExactTrainerMixin:
         return outputs, {} if task is None else {"task": task}
 
     def _run_model(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        custom = self.compute_loss_func is not None or self.label_smoother is not None  # type: ignore[attr-defined]
+        custom = self.compute_loss_func is not None or self.label_smoother is not None
         return model(**{name: value for name, value in inputs.items() if not (custom and name == "labels")})
 
     def _task_loss(self, outputs: Any, inputs: Mapping[str, Any], counts: ItemCounts) -> torch.Tensor | None:
         """The loss on the labels as a sum over this batch divided by the labels of the optimizer step."""
         labels = inputs.get("labels")
-        if self.compute_loss_func is not None:  # type: ignore[attr-defined]
+        if self.compute_loss_func is not None:
             # The function is told how many items there are, as Trainer does, and has to divide by that itself.
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=counts.labels)  # type: ignore[attr-defined]
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=counts.labels)
         shifted = self._predicts_next_token
-        if self.label_smoother is not None and labels is not None:  # type: ignore[attr-defined]
-            loss = self.label_smoother(outputs, labels, shift_labels=shifted)  # type: ignore[attr-defined]
+        if self.label_smoother is not None and labels is not None:
+            loss = self.label_smoother(outputs, labels, shift_labels=shifted)
         else:
             loss = outputs.get("loss") if isinstance(outputs, dict) else (outputs[0] if labels is not None else None)
         if loss is None:
@@ -155,22 +160,22 @@ class ExactTrainerMixin:
 
     def _add_up(self, terms: Mapping[str, torch.Tensor]) -> None:
         if not self._term_sums:
-            self._terms_since_step = self.state.global_step  # type: ignore[attr-defined]
+            self._terms_since_step = self.state.global_step
         for name, value in terms.items():
             total = self._term_sums.get(name)
             self._term_sums[name] = value.float() if total is None else total + value.float()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does, with the mean of each loss term since the last log as loss_<term>."""
-        steps = self.state.global_step - self._terms_since_step  # type: ignore[attr-defined]
+        steps = self.state.global_step - self._terms_since_step
         if "loss" in logs and self._term_sums and steps > 0:
             names = sorted(self._term_sums)
             sums = torch.stack([self._term_sums[name] for name in names])
-            values = (self.accelerator.reduce(sums, reduction="mean") / steps).tolist()  # type: ignore[attr-defined]
+            values = (self.accelerator.reduce(sums, reduction="mean") / steps).tolist()
             if len(names) > 1:
                 logs = {**logs, **{f"loss_{name}": value for name, value in zip(names, values, strict=True)}}
             self._term_sums.clear()
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     # ---- checkpoints ----
 
@@ -180,31 +185,31 @@ class ExactTrainerMixin:
             isinstance(model, PreTrainedModel)
             and getattr(model, "quantization_method", None) is None
             and not getattr(model, "_hf_peft_config_loaded", False)
-            and not self.is_deepspeed_enabled  # type: ignore[attr-defined]
-            and not self.is_fsdp_enabled  # type: ignore[attr-defined]
+            and not self.is_deepspeed_enabled
+            and not self.is_fsdp_enabled
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model  # type: ignore[has-type]
+        target = self.model if model is None else model
         if self._loads_plainly(target):
             load_weights(target, resume_from_checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        best = self.state.best_model_checkpoint
         if not self._loads_plainly(self.model):
-            super()._load_best_model()  # type: ignore[misc]
+            super()._load_best_model()
             return
-        logger.info("loading the best model from %s (score %s)", best, self.state.best_metric)  # type: ignore[attr-defined]
+        logger.info("loading the best model from %s (score %s)", best, self.state.best_metric)
         load_weights(self.model, best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
-        if self.args.should_save:  # type: ignore[attr-defined]
-            folder = Path(output_dir if output_dir is not None else self.args.output_dir)  # type: ignore[attr-defined]
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)
-            arguments = json.loads(self.args.to_json_string())  # type: ignore[attr-defined]
+            arguments = json.loads(self.args.to_json_string())
             (folder / TRAINING_ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 

@@ -43,22 +43,22 @@ class PruningMixin(ExactTrainerMixin):
         self._pruner_state: Path | None = None
         super().__init__(model, *args, recipe=recipe, **kwargs)
         if self.prune is not None:
-            self.add_callback(_PruningCallback(self))  # type: ignore[attr-defined]
+            self.add_callback(_PruningCallback(self))
 
     def _start_pruning(self) -> None:
         """Make the pruner for the run that begins, or the one that goes on."""
         assert self.prune is not None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "gradual pruning changes the shapes of parameters, which FSDP and DeepSpeed hold in shards; "
                 "use plain data parallelism (configs/accelerate/ddp.yaml), or distil and quantize only"
             )
-        distributed = self.args.world_size > 1  # type: ignore[attr-defined]
+        distributed = self.args.world_size > 1
         self.pruner = Pruner(
-            self.accelerator.unwrap_model(self.model),  # type: ignore[attr-defined]
+            self.accelerator.unwrap_model(self.model),
             self.prune,
-            total_steps=max(self.state.max_steps, 1),  # type: ignore[attr-defined]
-            seed=self.args.seed,  # type: ignore[attr-defined]
+            total_steps=max(self.state.max_steps, 1),
+            seed=self.args.seed,
             agree=_broadcast if distributed else None,
         )
         if self._pruner_state is not None:
@@ -73,15 +73,15 @@ class PruningMixin(ExactTrainerMixin):
             return
         changes = self.pruner.step(step)
         if changes:
-            optimizer = self.optimizer  # type: ignore[attr-defined]
+            optimizer = self.optimizer
             replace_parameters(getattr(optimizer, "optimizer", optimizer), changes)
-            rebuild_reducer(self.model_wrapped)  # type: ignore[attr-defined]
+            rebuild_reducer(self.model_wrapped)
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One batch forward and backward as in Trainer; after the last one of an optimizer step importance is collected."""
-        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if self.pruner is not None and not self.pruner.done and self.accelerator.sync_gradients:  # type: ignore[attr-defined]
-            scaler = self.accelerator.scaler  # type: ignore[attr-defined]
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.pruner is not None and not self.pruner.done and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
             self.pruner.collect(scale=scaler.get_scale() if scaler is not None else 1.0)
         return loss
 
@@ -94,7 +94,7 @@ class PruningMixin(ExactTrainerMixin):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if self.pruner is not None and not self.pruner.done:
             return False
-        return super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
+        return super()._determine_best_metric(metrics, trial)
 
     # ---- checkpoints ----
 
@@ -104,8 +104,8 @@ class PruningMixin(ExactTrainerMixin):
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        if self.pruner is not None and self.args.should_save:  # type: ignore[attr-defined]
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.pruner is not None and self.args.should_save:
             facts, tensors = self.pruner.state()
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             safetensors.torch.save_file({n: t.cpu() for n, t in tensors.items()}, Path(output_dir) / TENSORS_FILE)
@@ -133,14 +133,14 @@ class PruningMixin(ExactTrainerMixin):
         super()._record_steps()
         if self.pruner is None or self.prune is None:
             return
-        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = self.accelerator.unwrap_model(self.model)
         add_step(
             model.config,
             "prune",
             settings=self.prune.model_dump(),
             sparsity=round(self.pruner.sparsity(), 6),
             units={name: list(pair) for name, pair in read_units(model.config).items()},
-            optimizer_steps=self.state.global_step,  # type: ignore[attr-defined]
+            optimizer_steps=self.state.global_step,
         )
 
 

@@ -34,7 +34,7 @@ class _Named:
                     )
             if not any(getattr(recipe, section) is not None for section in self._serves):
                 raise ValueError(f"the recipe has none of the sections {type(self).__name__} serves: {self._serves}")
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
 
 
 class DistillationTrainer(DistillationMixin, _Named, Trainer):
