@@ -22,6 +22,14 @@ def install() -> None:
     """Register the changes; each is made when its library is imported, or now if it already is. Doing it twice is safe."""
     wrapt.register_post_import_hook(patch_transformers, "transformers.modeling_utils")
     wrapt.register_post_import_hook(patch_bitsandbytes, "bitsandbytes.nn.modules")
+    # One line per int8 product in float32, and one at import for a kernel package that is optional: neither helps.
+    _silence("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast")
+    _silence("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
+
+
+def _silence(logger: str, start: str) -> None:
+    """Drop messages of a logger that begin with some words."""
+    logging.getLogger(logger).addFilter(lambda message: not str(message.msg).startswith(start))
 
 
 def patch_transformers(module: ModuleType) -> None:
@@ -33,8 +41,9 @@ def patch_transformers(module: ModuleType) -> None:
     cls.save_pretrained = _save_with_record(cls.save_pretrained)
     # Our configs repeat their shapes in `per_layer_config` for other tools; the stock classes read the global values,
     # and the record then sets the right ones, so the warning about that reading would mislead.
-    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
-        lambda message: not str(message.msg).startswith("Reading global config value for per-layer attribute")
+    _silence(
+        "transformers.integrations.heterogeneity.configuration_utils",
+        "Reading global config value for per-layer attribute",
     )
 
 
@@ -55,19 +64,22 @@ def _build_as_recorded(original: Any) -> Any:
 
 def _save_with_record(original: Any) -> Any:
     @functools.wraps(original)
-    def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
+    def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
         if not is_main_process or getattr(self.config, "hfcompress", None) is None:
-            return original(self, save_directory, is_main_process=is_main_process, **kwargs)
-        from hfcompress.checkpoints.portable import portable_config, write_modeling_file
+            return original(self, save_directory, is_main_process, *args, **kwargs)
+        from hfcompress.checkpoints.portable import MODELING_FILE, portable_config, write_modeling_file
 
-        live = self.config
+        live, timestamps = self.config, self._get_files_timestamps
         config = portable_config(self)
         write_modeling_file(self, config, save_directory)
         self.config = config
+        # With push_to_hub=True only files are uploaded that are newer than these; ours was written just now.
+        self._get_files_timestamps = lambda folder: {k: v for k, v in timestamps(folder).items() if k != MODELING_FILE}
         try:
-            return original(self, save_directory, is_main_process=is_main_process, **kwargs)
+            return original(self, save_directory, is_main_process, *args, **kwargs)
         finally:
             self.config = live
+            del self._get_files_timestamps
 
     return save_pretrained
 

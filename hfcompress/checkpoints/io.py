@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,27 @@ def load(path_or_repo: str | Path, *, revision: str | None = None, **kwargs: Any
         >>> again.encoder.layer[0].attention.self.num_attention_heads
         1
     """
+    cls, _ = model_class(path_or_repo, revision=revision, token=kwargs.get("token"))
+    return cls.from_pretrained(path_or_repo, revision=revision, use_safetensors=True, **kwargs)
+
+
+def model_class(
+    path_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> tuple[Any, Any]:
+    """The class of transformers that a folder or repository was saved from, and its config, with the record checked.
+
+    Raises:
+        StructureError: The record is not valid, or the config does not name a class of transformers.
+        OSError: There is no such folder or repository.
+    """
     hooks.install()
-    config = transformers.AutoConfig.from_pretrained(path_or_repo, revision=revision, token=kwargs.get("token"))
+    config = transformers.AutoConfig.from_pretrained(path_or_repo, revision=revision, token=token)
     read_steps(config)
     architectures = config.architectures or []
-    cls = getattr(transformers, architectures[0], None) if len(architectures) == 1 else None
-    if cls is None or not issubclass(cls, transformers.PreTrainedModel):
+    cls = getattr(transformers, str(architectures[0]), None) if len(architectures) == 1 else None
+    if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
         raise StructureError(
             f"{path_or_repo}: config.architectures is {architectures}, which is not one class of transformers "
             f"{transformers.__version__}; load it with the Auto class of your task"
         )
-    return cls.from_pretrained(path_or_repo, revision=revision, use_safetensors=True, **kwargs)
+    return cls, config

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hfcompress.anatomy import Site, StructureError, family_of, find_sites, sites, uniform_config
+from hfcompress.anatomy.sites import linear_features
 from hfcompress.checkpoints.record import read_units
 
 logger = logging.getLogger(__name__)
@@ -101,8 +103,8 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Logical shape of every linear layer and of every other parameter; quantized weights hide theirs."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "in_features") and hasattr(module, "out_features"):
-            shapes[name] = (module.out_features, module.in_features)
+        if isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
+            shapes[name] = linear_features(module)
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             shapes[f"{name}.{parameter_name}"] = tuple(parameter.shape)

@@ -1,0 +1,85 @@
+"""Named bitsandbytes settings, and which modules they leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from hfcompress.anatomy import StructureError, family_of
+from hfcompress.anatomy.sites import find_stacks, linear_features
+
+# LLM.int8 (Dettmers et al. 2022) with its outlier threshold; NF4, FP4 and double quantization (Dettmers et al. 2023).
+PRESETS: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True, "llm_int8_threshold": 6.0},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
+    "nf4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "fp4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+}
+
+
+def modules_to_skip(model: nn.Module, *, also: Sequence[str] = ()) -> list[str]:
+    """Linear layers that stay as they are: all outside the transformer layers, and those with nothing in them.
+
+    Outside are classifiers, question answering and language model heads, poolers and embedding projections: small, and most
+    sensitive. transformers' own default quantizes classification heads.
+
+    Args:
+        model: The model, unquantized; its weights are not looked at, so it may be on the meta device.
+        also: Further modules to leave alone, by name, as in `named_modules`.
+
+    Returns:
+        Full module names, for `llm_int8_skip_modules`.
+
+    Raises:
+        ValueError: A name in `also` is not a module of the model.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        >>> modules_to_skip(BertForSequenceClassification(config), also=["bert.encoder.layer.0.output.dense"])
+        ['bert.encoder.layer.0.output.dense', 'bert.pooler.dense', 'classifier']
+    """
+    modules = dict(model.named_modules())
+    for name in also:
+        if name not in modules:
+            raise ValueError(f"quantize.skip names {name!r}, which is not a module of {type(model).__name__}")
+    try:
+        stacks = find_stacks(model, family_of(model)) or []
+        inside: tuple[str, ...] = tuple(f"{path}." for _, path, _ in stacks)
+    except StructureError:
+        # Not in the table: its layers are the module lists of the base model.
+        inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList))
+    skip = set(also)
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear | Conv1D) and (not name.startswith(inside) or 0 in linear_features(module)):
+            skip.add(name)
+    return sorted(skip)
+
+
+def make_config(preset: str, *, skip: Sequence[str], dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig:
+    """The bitsandbytes settings of a preset.
+
+    Args:
+        preset: A name of `PRESETS`.
+        skip: Modules to leave alone.
+        dtype: What 4-bit weights are multiplied in.
+
+    Raises:
+        ValueError: No such preset.
+
+    Example:
+        >>> make_config("nf4-dq", skip=["classifier"]).llm_int8_skip_modules
+        ['classifier']
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    settings = dict(PRESETS[preset])
+    if settings.get("load_in_4bit"):
+        settings["bnb_4bit_compute_dtype"] = dtype
+    return BitsAndBytesConfig(**settings, llm_int8_skip_modules=list(skip))
