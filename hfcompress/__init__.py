@@ -15,17 +15,37 @@ if TYPE_CHECKING:
     from hfcompress.anatomy import find_sites as find_sites
     from hfcompress.checkpoints.io import load as load
     from hfcompress.config import Recipe as Recipe
+    from hfcompress.hub import push_folder as push_folder
+    from hfcompress.hub import verify_folder as verify_folder
     from hfcompress.pruning import Plan as Plan
     from hfcompress.pruning import cut as cut
+    from hfcompress.quantization import quantize as quantize
+    from hfcompress.training import CompressionTrainer as CompressionTrainer
+    from hfcompress.training import DistillationTrainer as DistillationTrainer
+    from hfcompress.training import PlainTrainer as PlainTrainer
+    from hfcompress.training import PruningTrainer as PruningTrainer
+    from hfcompress.training import Seq2SeqCompressionTrainer as Seq2SeqCompressionTrainer
+    from hfcompress.training import Seq2SeqDistillationTrainer as Seq2SeqDistillationTrainer
+    from hfcompress.training import Seq2SeqPruningTrainer as Seq2SeqPruningTrainer
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CompressionTrainer": "hfcompress.training",
+    "DistillationTrainer": "hfcompress.training",
+    "PlainTrainer": "hfcompress.training",
     "Plan": "hfcompress.pruning",
+    "PruningTrainer": "hfcompress.training",
     "Recipe": "hfcompress.config",
+    "Seq2SeqCompressionTrainer": "hfcompress.training",
+    "Seq2SeqDistillationTrainer": "hfcompress.training",
+    "Seq2SeqPruningTrainer": "hfcompress.training",
     "cut": "hfcompress.pruning",
     "find_sites": "hfcompress.anatomy",
     "load": "hfcompress.checkpoints.io",
+    "push_folder": "hfcompress.hub",
+    "quantize": "hfcompress.quantization",
+    "verify_folder": "hfcompress.hub",
 }
 __all__ = [*sorted(_PUBLIC), "__version__"]
 

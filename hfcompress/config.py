@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 UnitKind = Literal["heads", "neurons"]
 Preset = Literal["int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
@@ -20,6 +23,9 @@ Task = Literal["text-classification", "image-classification"]
 
 class RecipeError(ValueError):
     """A recipe says something that is not allowed; the message is one line that names file and key."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # keys and values may hold line breaks
 
 
 class Section(BaseModel):
@@ -64,9 +70,9 @@ class HiddenTerm(Section):
 
     @model_validator(mode="after")
     def _pairs(self) -> HiddenTerm:
-        if isinstance(self.layers, list):
-            if not self.layers or any(len(pair) != 2 or min(pair) < 0 for pair in self.layers):
-                raise ValueError("layers must be 'all', 'last' or pairs of layer numbers such as [[0, 1], [2, 5]]")
+        pairs = self.layers if isinstance(self.layers, list) else [[0, 0]]
+        if not pairs or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
+            raise ValueError("layers must be 'all', 'last' or pairs of layer numbers such as [[0, 1], [2, 5]]")
         return self
 
 
@@ -251,11 +257,13 @@ class ModelConfig(Section):
         name: Folder or Hub repository.
         revision: Branch, tag or commit of the repository.
         trust_remote_code: Run code from the repository. Only if you have read it.
+        base_model: Repository on the Hub that the weights come from, for the card, if `name` is a folder.
     """
 
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
+    base_model: str | None = None
 
 
 class TeacherConfig(Section):
@@ -402,7 +410,7 @@ class Recipe(Section):
             raise RecipeError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
         values = {} if values is None else values
         for override in overrides or []:
-            _override(values, override)
+            _override(values, override, source=str(path))
         return cls.from_dict(values, source=str(path))
 
     def to_yaml(self) -> str:
@@ -415,28 +423,30 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(exclude_unset=True), sort_keys=False)
 
 
-def _override(values: Any, text: str) -> None:
+def _override(values: Any, text: str, *, source: str) -> None:
     """Set one dotted key of plain data in place."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"{text!r} is not an override; write key.key=value, such as prune.target.sparsity=0.7")
-    *parents, last = key.strip().split(".")
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not all(key.split(".")):
+        raise RecipeError(
+            f"{source}: {text!r} is not an override; write key.key=value, such as prune.target.sparsity=0.7"
+        )
+    *parents, last = key.split(".")
     for parent in parents:
         if not isinstance(values, dict):
             break
         values = values.setdefault(parent, {})
     if not isinstance(values, dict):
-        raise RecipeError(f"{key}: a part of this key is not a section, so nothing below it can be set")
+        raise RecipeError(f"{source}: {key}: a part of this key is not a section, so nothing below it can be set")
     try:
         values[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"{key}: {value!r} is not valid YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise RecipeError(f"{source}: {key}: {_shown(value)} is not valid YAML") from None
 
 
-def _section_at(section: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The section class that holds the last element of a location."""
-    for part in location[:-1]:
-        field = section.model_fields.get(str(part))
+def _section_at(section: type[BaseModel], parents: list[str]) -> type[BaseModel] | None:
+    """The section class that a list of keys leads to."""
+    for part in parents:
+        field = section.model_fields.get(part)
         classes = [field.annotation, *get_args(field.annotation)] if field is not None else []
         inner = [c for c in classes if isinstance(c, type) and issubclass(c, BaseModel)]
         if not inner:
@@ -445,32 +455,44 @@ def _section_at(section: type[BaseModel], location: tuple[int | str, ...]) -> ty
     return section
 
 
+def _location(problem: ErrorDetails) -> list[str]:
+    """Keys and indices that lead to a problem; pydantic's names for the branches of a union are left out."""
+    parts = [str(part) or "''" for part in problem["loc"]]
+    last = [parts.pop()] if problem["type"] == "extra_forbidden" else []  # the user's own word, whatever it is
+    return [part for part in parts if "[" not in part and part not in ("str", "int")] + last
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in a message, at most 80 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no whole numbers of more than 4300 digits
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem of a validation, as one line: key, what was wrong, what is allowed."""
-    problem = error.errors(include_url=False)[0]
-    location = tuple(part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or "'" in part)))
-    names = [str(part) for part in location if part not in ("str", "int")]
+    problems = error.errors(include_url=False)
+    first = _location(problems[0])
+    # Of the branches of a union the one that got furthest into the value tells most.
+    problem = max((p for p in problems if _location(p)[: len(first)] == first), key=lambda p: len(_location(p)))
+    names = _location(problem)
     key = ".".join(names) or "recipe"
     if problem["type"] == "extra_forbidden":
-        section = _section_at(root, location)
+        section = _section_at(root, names[:-1])
         allowed = sorted(section.model_fields) if section is not None else []
-        close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        close = difflib.get_close_matches(names[-1], allowed, n=1)
         hint = f"; did you mean {'.'.join([*names[:-1], close[0]])}?" if close else "."
         return f"{key} is not a key here{hint} Allowed: {', '.join(allowed)}"
     message = problem["msg"].removeprefix("Value error, ")
-    value = repr(problem.get("input"))
+    given = problem["input"]
     if problem["type"] == "literal_error":
-        expected = problem.get("ctx", {}).get("expected", "")
-        close = difflib.get_close_matches(
-            str(problem.get("input")), expected.replace("'", "").replace(" or ", ", ").split(", "), n=1
-        )
-        return (
-            f"{key}: {value} is not allowed"
-            + (f"; did you mean {close[0]}?" if close else ";")
-            + f" Allowed: {expected}"
-        )
+        expected = problem["ctx"]["expected"]
+        words = expected.replace("'", "").replace(" or ", ", ").split(", ")
+        close = difflib.get_close_matches(given, words, n=1) if isinstance(given, str) else []
+        hint = f"; did you mean {close[0]}?" if close else ";"
+        return f"{key}: {_shown(given)} is not allowed{hint} Allowed: {expected}"
     if problem["type"] == "value_error":
         return f"{key}: {message}" if names else message
-    if len(value) > 80:
-        value = value[:77] + "..."
-    return f"{key}: {value} is not allowed: {message[0].lower() + message[1:]}"
+    return f"{key}: {_shown(given)} is not allowed: {message[0].lower() + message[1:]}"

@@ -367,11 +367,16 @@ def keep_units(model: nn.Module, sites: Sequence[Site], keep: Mapping[str, torch
         site = by_name[name]
         if index.numel() and (index[0] < 0 or index[-1] >= site.units or bool((index[1:] <= index[:-1]).any())):
             raise StructureError(f"{name}: units to keep must be ascending, between 0 and {site.units - 1}")
-    changes: list[Change] = []
-    for name, index in keep.items():
-        if index.numel() < by_name[name].units:
-            changes += _keep_in_site(model, by_name[name], index)
-    return changes
+    chosen = [(by_name[name], index) for name, index in keep.items() if index.numel() < by_name[name].units]
+    for site, _ in chosen:  # all of them before the first is touched
+        for path in (site.reader, *(writer.module for writer in site.writers)):
+            _refuse_quantized(model.get_submodule(path), path)
+    return [change for site, index in chosen for change in _keep_in_site(model, site, index)]
+
+
+def _refuse_quantized(module: nn.Module, path: str) -> None:
+    if not isinstance(module, nn.Linear | Conv1D) or not module.weight.is_floating_point():
+        raise StructureError(f"{path}: {type(module).__name__} cannot be cut: prune first, quantize after that")
 
 
 def _keep_in_site(model: nn.Module, site: Site, index: torch.Tensor) -> list[Change]:
@@ -399,8 +404,13 @@ def _skip(model: nn.Module, site: Site, block: nn.Module, changes: list[Change])
     parent, _, child = site.block.rpartition(".")
     stub = SkippedAttention(block, reader_name, site)
     setattr(model.get_submodule(parent), child, stub.train(block.training))
-    left = {id(parameter) for parameter in model.parameters()}
-    return [c if id(c.new) in left else Change(c.old, None, c.dim, c.index) for c in changes]
+    reader = model.get_submodule(site.reader)
+    stays = {id(parameter) for parameter in reader.parameters()}
+    cut_before = {id(change.new) for change in changes}
+    gone = [c if id(c.new) in stays else Change(c.old, None, c.dim, c.index) for c in changes]
+    # What else was in the block (the norms of queries and keys) goes with it.
+    others = [p for p in block.parameters() if id(p) not in stays | cut_before]
+    return gone + [Change(p, None, 0, torch.arange(0)) for p in others]
 
 
 def _expand(index: torch.Tensor, width: int) -> torch.Tensor:
@@ -411,9 +421,6 @@ def _expand(index: torch.Tensor, width: int) -> torch.Tensor:
 
 def _select(module: nn.Module, index: torch.Tensor, *, output: bool) -> list[Change]:
     """Keep only some output (or input) features of a linear layer, in place."""
-    weight = module.weight
-    if not isinstance(module, nn.Linear | Conv1D) or not weight.is_floating_point():  # type: ignore[union-attr]
-        raise StructureError(f"{type(module).__name__} cannot be cut: prune first, quantize after that")
     dim = int(output) if isinstance(module, Conv1D) else int(not output)
     names = [("weight", dim)] + ([("bias", 0)] if output and module.bias is not None else [])
     changes = []
@@ -463,7 +470,7 @@ def check_record(record: Any) -> dict[str, tuple[int, int]]:
         good = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(count) is int for count in pair)
         if not isinstance(name, str) or not good or not 0 <= pair[0] <= pair[1]:
             raise StructureError(
-                f"config.hfcompress.units[{str(name)[:60]!r}] is {str(pair)[:60]}, "
+                f"config.hfcompress.units[{str(name)[:60]!r}] is {repr(pair)[:60]}, "
                 "must be [units left, units before] with 0 <= left <= before"
             )
         checked[name] = (pair[0], pair[1])

@@ -192,7 +192,8 @@ def modeling_source(model: nn.Module) -> str:
         raise StructureError("hfcompress/anatomy/sites.py must not import from hfcompress: it travels with checkpoints")
     names = sorted({type(model).__name__, type(_base(model)).__name__})
     classes = "\n\n".join(_CLASS.format(name=name) for name in names)
-    return _HEADER + body + f"\n\nFAMILY = {family_of(model)!r}\n\n\n" + classes
+    guard = _GUARD if getattr(model, "is_loaded_in_4bit", False) else ""
+    return _HEADER + guard + body + f"\n\nFAMILY = {family_of(model)!r}\n\n\n" + classes
 
 
 _HEADER = '''"""Builds the pruned model in this folder without hfcompress; used with trust_remote_code=True.
@@ -205,6 +206,16 @@ from __future__ import annotations
 
 import transformers
 '''
+
+_GUARD = """
+# bitsandbytes 0.50 repacks 4-bit weights in place on some CPUs, which fails for the widths of pruned layers.
+try:
+    import bitsandbytes.nn.modules as _modules
+
+    _modules.has_avx512bf16 = lambda: False
+except ImportError:
+    pass
+"""
 
 _CLASS = '''class {name}(transformers.{name}):
     """The stock class with the shapes that config.hfcompress records."""

@@ -42,6 +42,7 @@ def add_step(config: Any, step: str, **details: Any) -> None:
 
     Raises:
         TypeError: A detail is not JSON-able.
+        StructureError: The record that is there is not valid.
 
     Example:
         >>> from transformers import BertConfig
@@ -51,9 +52,8 @@ def add_step(config: Any, step: str, **details: Any) -> None:
         [{'step': 'prune', 'criterion': 'magnitude', 'sparsity': 0.5}]
     """
     details = json.loads(json.dumps(details))
-    record = dict(getattr(config, "hfcompress", None) or {"version": RECORD_VERSION})
-    record["steps"] = [*read_steps(config), {"step": step, **details}]
-    config.hfcompress = record
+    steps = [*read_steps(config), {"step": step, **details}]
+    config.hfcompress = {"version": RECORD_VERSION, **(getattr(config, "hfcompress", None) or {}), "steps": steps}
 
 
 def read_units(config: Any) -> dict[str, tuple[int, int]]:

@@ -18,7 +18,9 @@ def uniform_map(student_layers: int, teacher_layers: int) -> LayerMap:
         >>> uniform_map(2, 2)
         ((0, 0), (1, 1))
     """
-    return tuple((i, round((i + 1) * teacher_layers / student_layers) - 1) for i in range(student_layers))
+    # Rounded half up in whole numbers; the first layers of a student deeper than its teacher share the teacher's first.
+    ends = [(2 * (i + 1) * teacher_layers + student_layers) // (2 * student_layers) for i in range(student_layers)]
+    return tuple((i, max(end, 1) - 1) for i, end in enumerate(ends))
 
 
 def make_map(layers: Literal["all", "last"] | list[list[int]], *, student_layers: int, teacher_layers: int) -> LayerMap:
@@ -37,7 +39,7 @@ def make_map(layers: Literal["all", "last"] | list[list[int]], *, student_layers
     if layers == "last":
         return pairs[-1:]
     for student, teacher in layers:
-        if student >= student_layers or teacher >= teacher_layers:
+        if not (0 <= student < student_layers and 0 <= teacher < teacher_layers):
             raise ValueError(
                 f"distill.hidden.layers has [{student}, {teacher}], but the student has layers 0 to {student_layers - 1} "
                 f"and the teacher 0 to {teacher_layers - 1}"

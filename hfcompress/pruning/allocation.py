@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class BudgetError(ValueError):
 class _Chunk:
     """Units that are dropped together: the same ranks in one site, or in all sites of a kind when they must be alike."""
 
-    score: float
+    density: float  # score per parameter
     parameters: int
     group: int
     rank: int  # units of each site of the group that stay when this chunk goes
@@ -154,10 +155,12 @@ def _weakest_first(
         allowed = _allowed(group[0], config, permitted)
         ranked = torch.stack([scores[site.name].detach().cpu().double()[order[site.name]] for site in group]).sum(0)
         cost = sum(site.parameters_per_unit for site in group)
+        density = -math.inf
         for upper, lower in itertools.pairwise(allowed):
-            chunks.append(_Chunk(float(ranked[lower:upper].sum()), cost * (upper - lower), number, lower))
-    # Within a group scores fall with rank, so the order by density is also the order of ranks; ties go by rank.
-    chunks.sort(key=lambda chunk: (chunk.score / chunk.parameters, -chunk.rank, chunk.group))
+            # Within a group scores fall with rank; the maximum keeps rounding from turning the order of ties around.
+            density = max(density, float(ranked[lower:upper].sum()) / (cost * (upper - lower)))
+            chunks.append(_Chunk(density, cost * (upper - lower), number, lower))
+    chunks.sort(key=lambda chunk: (chunk.density, -chunk.rank, chunk.group))
     gone = 0
     for chunk in chunks:
         if gone >= budget * (1 - 1e-9):
@@ -183,4 +186,4 @@ def _same_share(
     for site in sites:
         wanted = (1 - share) * original[site.name]
         allowed = _allowed(site, config, permitted)
-        kept[site.name] = min(allowed, key=lambda count: (abs(count - wanted), count))  # noqa: B023
+        kept[site.name] = min(allowed, key=lambda count: (abs(count - wanted), count))

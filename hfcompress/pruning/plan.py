@@ -39,8 +39,8 @@ class Plan:
 def cut(model: nn.Module, plan: Plan) -> list[Change]:
     """Remove in place what a plan drops; afterwards the forward equals the gated forward.
 
-    The shapes are written to `model.config.hfcompress`, from which `from_pretrained` rebuilds them. A sublayer with
-    no units left is skipped: it only adds the bias of its last projection.
+    The shapes are written to `model.config.hfcompress`, from which `from_pretrained` rebuilds them; the steps recorded
+    there stay. A sublayer with no units left is skipped: it only adds the bias of its last projection.
 
     Args:
         model: A transformers model, not wrapped, not quantized.
@@ -68,7 +68,7 @@ def cut(model: nn.Module, plan: Plan) -> list[Change]:
     left = {site.name: site.units for site in find_sites(model)}
     units = {name: [left[name], before[name]] for name in left if left[name] != before[name]}
     if units:
-        config.hfcompress = {"version": RECORD_VERSION, "units": units}
+        config.hfcompress = {**(getattr(config, "hfcompress", None) or {}), "version": RECORD_VERSION, "units": units}
     return changes
 
 

@@ -59,6 +59,7 @@ class ExactTrainerMixin(_TrainerBase):
                 "Start with `accelerate launch` to use all"
             )
             self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size
         self._warn_about_ignored_fsdp()
 
     def _warn_about_ignored_fsdp(self) -> None:

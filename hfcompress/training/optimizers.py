@@ -74,10 +74,16 @@ def rebuild_reducer(wrapped: nn.Module) -> None:
         wrapped.module,
         device_ids=wrapped.device_ids,
         output_device=wrapped.output_device,
-        broadcast_buffers=wrapped.broadcast_buffers,
         process_group=wrapped.process_group,
+        bucket_cap_mb=_bucket_cap_mb(wrapped),
         find_unused_parameters=wrapped.find_unused_parameters,
         gradient_as_bucket_view=wrapped.gradient_as_bucket_view,
         static_graph=wrapped.static_graph,
     )
+    # As an argument this is deprecated from torch 2.13 on; as an attribute it means the same everywhere.
+    fresh.broadcast_buffers = wrapped.broadcast_buffers
     wrapped.__dict__.update(fresh.__dict__)
+
+
+def _bucket_cap_mb(wrapped: DistributedDataParallel) -> float | None:
+    return None if wrapped.bucket_bytes_cap_default else wrapped.bucket_bytes_cap / 2**20

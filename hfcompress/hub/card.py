@@ -1,0 +1,277 @@
+"""The model card: rendered from the record in `config.json` and the numbers in `results.json`, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig
+
+import hfcompress
+from hfcompress.checkpoints.portable import MODELING_FILE
+from hfcompress.checkpoints.record import read_steps, read_units
+from hfcompress.hub.picture import draw_layers, save_layers_picture
+from hfcompress.hub.verify import RouteCheck
+
+RESULTS_FILE = "results.json"
+PICTURE_FILE = "layers.png"
+_TEMPLATE = Path(__file__).with_name("card_template.md")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w.-]*")
+_PIPELINES = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+}
+_AUTO = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+}
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    checks: list[RouteCheck] | None = None,
+    **metadata: Any,
+) -> Path:
+    """Render `README.md` of a saved folder, and the picture of its layers.
+
+    Args:
+        folder: A folder that `save_pretrained` wrote; numbers come from the `results.json` in it, if there is one.
+        repo_id: Where it is going to be, for the loading examples.
+        base_model: Repository on the Hub that the weights come from.
+        checks: What `verify_folder` found.
+        **metadata: More fields of the card's metadata: license, language, datasets, tags, ...
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: `results.json` is not what a run writes.
+    """
+    folder = Path(folder)
+    config = AutoConfig.from_pretrained(folder)
+    results = read_results(folder)
+    steps, units = read_steps(config), read_units(config) or _units_of_steps(read_steps(config))
+    if units:
+        save_layers_picture(units, folder / PICTURE_FILE)
+    name = (repo_id or results.get("name") or folder.resolve().name).rpartition("/")[2]
+    base_model = base_model or results.get("base_model")
+    card = ModelCard.from_template(
+        _card_data(config, results, name=name, steps=steps, base_model=base_model, metadata=metadata),
+        template_path=str(_TEMPLATE),
+        title=name,
+        summary=_summary(config, steps, units),
+        rows=[_row(row) for row in results.get("rows", [])],
+        steps=[_describe(step) for step in steps] or ["Nothing yet."],
+        picture=PICTURE_FILE if units else None,
+        units=draw_layers(units) if units else None,
+        ways=_ways(folder, config, repo_id or f"path/to/{name}"),
+        checks=", ".join(
+            f"{check.route} {check.difference:.1g}" for check in checks or [] if check.difference is not None
+        ),
+        base_model=_repository(base_model) or "not said",
+        teacher=next((s["teacher"] for s in reversed(steps) if s["step"] == "distill"), "none"),
+        data=_data(results),
+        command=results.get("command"),
+        version=hfcompress.__version__,
+        **_conditions(results),
+    )
+    path = folder / "README.md"
+    card.save(path)
+    return path
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The numbers that a run measured; empty if there are none.
+
+    Raises:
+        ValueError: The file is not a JSON object with a list of rows.
+    """
+    path = folder / RESULTS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not valid JSON; measure the model again") from None
+    if not isinstance(results, dict) or not isinstance(results.get("rows", []), list):
+        raise ValueError(f"{path} must hold an object with a list of rows; measure the model again")
+    return results
+
+
+def _units_of_steps(steps: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Units of a model whose plain config says its shapes: its record keeps them in the pruning step."""
+    pruned = [step for step in steps if step["step"] == "prune"]
+    return {name: (pair[0], pair[1]) for name, pair in pruned[-1].get("units", {}).items()} if pruned else {}
+
+
+def _pipeline(config: Any) -> str | None:
+    architecture = (config.architectures or [""])[0]
+    return next((task for ending, task in _PIPELINES.items() if architecture.endswith(ending)), None)
+
+
+def _repository(name: str | None) -> str | None:
+    """A name that can be a repository; a path of this machine cannot, and stays out of the card."""
+    return name if name and _REPOSITORY.fullmatch(name) and not Path(name).exists() else None
+
+
+def _card_data(
+    config: Any,
+    results: dict[str, Any],
+    *,
+    name: str,
+    steps: list[dict[str, Any]],
+    base_model: str | None,
+    metadata: dict[str, Any],
+) -> ModelCardData:
+    done = {step["step"] for step in steps}
+    tags = ["hfcompress", *(word for step, word in _WORDS.items() if step in done)]
+    extra = metadata.pop("tags", None) or []
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": _pipeline(config),
+        "tags": list(dict.fromkeys([*tags, *([extra] if isinstance(extra, str) else extra)])),
+        "base_model": _repository(base_model),
+    }
+    if fields["base_model"]:
+        fields["base_model_relation"] = "quantized" if "quantize" in done else "finetune"
+    fields |= {key: value for key, value in metadata.items() if value is not None}
+    mine = next((row for row in results.get("rows", []) if row.get("folder") == "."), None)
+    dataset = results.get("data", {}).get("name")
+    if mine and dataset:
+        metric = mine["metric"]
+        fields["model_name"] = name
+        fields["eval_results"] = [
+            EvalResult(
+                task_type=fields["pipeline_tag"] or "other",
+                dataset_type=_repository(dataset) or re.sub(r"[^\w.-]+", "-", Path(dataset).name),
+                dataset_name=dataset,
+                metric_type=metric["name"],
+                metric_value=round(metric["value"], 6),
+            )
+        ]
+    return ModelCardData(**{key: value for key, value in fields.items() if value is not None})
+
+
+_WORDS = {"distill": "distilled", "prune": "pruned", "quantize": "quantized"}
+
+
+def _summary(config: Any, steps: list[dict[str, Any]], units: dict[str, tuple[int, int]]) -> str:
+    done = [_WORDS[step["step"]] for step in steps if step["step"] in _WORDS]
+    what = " and ".join(dict.fromkeys(done)) or "saved"
+    text = f"A {config.model_type} model, {what} with hfcompress."
+    for kind in ("heads", "neurons"):
+        pairs = [pair for name, pair in units.items() if name.endswith(kind)]
+        if pairs:
+            text += f" {sum(p[0] for p in pairs):,} of {sum(p[1] for p in pairs):,} {kind} are left in the layers that lost any."
+    return text
+
+
+def _row(row: dict[str, Any]) -> dict[str, str]:
+    metric, latency = row["metric"], row["latency"]
+    percent = metric["name"] in ("accuracy", "macro_f1")
+    factor, digits = (100, 2) if percent else (1, 4)
+    value, low, high = (f"{factor * metric[key]:.{digits}f}" for key in ("value", "low", "high"))
+    speedup, layers = row.get("speedup"), row.get("layers_speedup")
+    return {
+        "name": row["name"],
+        "metric": f"{value} [{low}, {high}]",
+        "parameters": f"{row['parameters'] / 1e6:.2f} M",
+        "disk": f"{row['disk_bytes'] / 1e6:.1f}",
+        "latency": f"{latency['median_ms']:.1f} ({latency['p10_ms']:.1f} to {latency['p90_ms']:.1f})",
+        "speedup": f"{speedup['median']:.2f}x" if speedup else "1",
+        "layers": f"{layers['median']:.2f}x" if layers else "1",
+    }
+
+
+def _conditions(results: dict[str, Any]) -> dict[str, str | None]:
+    if not results.get("rows"):
+        return {"metric_label": "", "latency_label": "", "metric_note": "", "latency_note": "", "conditions": None}
+    first = results["rows"][0]
+    metric, latency = first["metric"], first["latency"]
+    size = f"batch {latency['batch']}" + (f" x {latency['length']} tokens" if latency.get("length") else "")
+    versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
+    return {
+        "metric_label": f"{metric['name'].replace('_', ' ')}, n = {metric['n']:,}",
+        "latency_label": size,
+        "metric_note": "In brackets: the 95 % interval.",
+        "latency_note": (
+            f"Latency: median (10th to 90th percentile) of {latency['rounds']} rounds, all models in turn in one process; "
+            "speedups are medians of the ratios round by round, that of the layers without embeddings and head."
+        ),
+        "conditions": (
+            f"On {latency['device']}, {latency['threads']} threads, {size}, {latency['dtype']}; {versions}; "
+            f"seed {results.get('seed')}; {results.get('date')}; commit {results.get('commit') or 'not known'}."
+        ),
+    }
+
+
+def _data(results: dict[str, Any]) -> str:
+    data = results.get("data") or {}
+    if not data:
+        return "not said"
+    return (
+        f"{data.get('name')}, {data.get('train_n'):,} examples for training and {data.get('eval_n'):,} for evaluation"
+    )
+
+
+def _describe(step: dict[str, Any]) -> str:
+    """One step of the record as a sentence."""
+    kind = step["step"]
+    if kind == "distill":
+        terms = [f"{n} (weight {step['settings'][n]['weight']})" for n in ("task", "logits", "hidden")]
+        used = [
+            term
+            for term, n in zip(terms, ("task", "logits", "hidden"), strict=True)
+            if step["settings"][n]["weight"] > 0
+        ]
+        return (
+            f"Distilled from {step['teacher']} for {step['optimizer_steps']:,} steps: {', '.join(used)}; "
+            f"temperature {step['settings']['logits']['temperature']}."
+        )
+    if kind == "prune":
+        settings = step["settings"]
+        schedule = settings["schedule"]
+        return (
+            f"Pruned {' and '.join(settings['units'])} gradually to a sparsity of {step['sparsity']:.3f} of the layers' "
+            f"prunable parameters ({schedule['name']} schedule from {schedule['start']:.0%} to {schedule['end']:.0%} of "
+            f"{step['optimizer_steps']:,} steps, criterion {settings['criterion']}), and cut."
+        )
+    if kind == "quantize":
+        return (
+            f"Quantized {step['layers']} linear layers with bitsandbytes ({step['preset']}); "
+            f"left as they are: {', '.join(step['skipped']) or 'none'}; everything else in {step['dtype']}."
+        )
+    return f"{kind}: {json.dumps({key: value for key, value in step.items() if key != 'step'}, sort_keys=True)}"
+
+
+def _ways(folder: Path, config: Any, name: str) -> list[dict[str, str]]:
+    auto = _AUTO.get(_pipeline(config) or "", "AutoModel")
+    plain = f"from transformers import {auto}\n"
+    if not (folder / MODELING_FILE).is_file():
+        return [{"text": "With transformers alone:", "code": f'{plain}model = {auto}.from_pretrained("{name}")'}]
+    return [
+        {"text": "With hfcompress:", "code": f'import hfcompress\nmodel = hfcompress.load("{name}")'},
+        {
+            "text": "With transformers' own classes, pipelines and Trainer, once hfcompress is imported:",
+            "code": f'import hfcompress\n{plain}model = {auto}.from_pretrained("{name}")',
+        },
+        {
+            "text": f"Without hfcompress, by running the file `{MODELING_FILE}` in this repository:",
+            "code": f'{plain}model = {auto}.from_pretrained("{name}", trust_remote_code=True)',
+        },
+    ]

@@ -1,0 +1,81 @@
+"""Pictures of what is left in each layer: for the terminal and for the card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+Units = Mapping[str, tuple[int, int]]
+
+_BAR = 24
+
+
+def draw_layers(units: Units) -> str:
+    """What is left of each site as a bar of text.
+
+    Args:
+        units: Site name to (units left, units before), in the order of the layers.
+
+    Example:
+        >>> print(draw_layers({"encoder.0.heads": (6, 12), "encoder.0.neurons": (384, 1536)}))
+        layer      heads                              neurons
+        encoder.0  ############............    6/12   ######..................   384/1536
+    """
+    layers, roles = _grid(units)
+    width = max([len("layer"), *(len(layer) for layer in layers)])
+    cells = {name: f"{_bar(*pair)}  {pair[0]:>{_digits(units, name)}}/{pair[1]}" for name, pair in units.items()}
+    columns = {role: max(len(cells.get(f"{layer}.{role}", "")) for layer in layers) for role in roles}
+    lines = ["layer".ljust(width) + "  " + "   ".join(role.ljust(columns[role]) for role in roles)]
+    for layer in layers:
+        row = "   ".join(cells.get(f"{layer}.{role}", "").ljust(columns[role]) for role in roles)
+        lines.append(f"{layer.ljust(width)}  {row}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _digits(units: Units, name: str) -> int:
+    role = name.rpartition(".")[2]
+    return max(len(str(pair[1])) for other, pair in units.items() if other.endswith(f".{role}")) + 1
+
+
+def _bar(left: int, before: int) -> str:
+    filled = round(_BAR * left / before) if before else 0
+    if left and not filled:
+        filled = 1
+    return "#" * filled + "." * (_BAR - filled)
+
+
+def _grid(units: Units) -> tuple[list[str], list[str]]:
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in units))
+    roles = list(dict.fromkeys(name.rpartition(".")[2] for name in units))
+    return layers, roles
+
+
+def save_layers_picture(units: Units, path: str | Path, *, title: str = "What is left in each layer") -> None:
+    """The same as a PNG: one panel per kind of unit, one bar per layer, what was there before in grey behind it.
+
+    Args:
+        units: Site name to (units left, units before).
+        path: File to write.
+        title: Above the panels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers, roles = _grid(units)
+    figure = Figure(figsize=(4.2 * len(roles), 0.32 * len(layers) + 1.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    rows = range(len(layers))
+    for axes, role in zip(figure.subplots(1, len(roles), squeeze=False)[0], roles, strict=True):
+        pairs = [units.get(f"{layer}.{role}", (0, 0)) for layer in layers]
+        axes.barh(rows, [before for _, before in pairs], color="#d9dde3", height=0.75)
+        axes.barh(rows, [left for left, _ in pairs], color="#2b6cb0", height=0.75)
+        for row, (left, before) in zip(rows, pairs, strict=True):
+            axes.text(before * 1.02, row, f"{left}/{before}", va="center", fontsize=8, color="#333333")
+        axes.set_yticks(rows, [layer.rpartition(".")[2] for layer in layers], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(before for _, before in pairs) * 1.3 or 1)
+        axes.set_xlabel(role)
+        axes.set_ylabel("layer")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

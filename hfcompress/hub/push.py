@@ -1,0 +1,78 @@
+"""Pushing a verified folder to the Hub in one commit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from hfcompress.hub.card import write_card
+from hfcompress.hub.verify import require_loadable
+
+logger = logging.getLogger(__name__)
+
+# Pickles, training state and what starts with an underscore stay here.
+IGNORED = ["_*", "checkpoint-*", "*.bin", "*.pt", "*.pth", "*.pkl", "runs/**", "*.log", ".*"]
+
+
+class PushError(RuntimeError):
+    """The Hub did not take the folder; the message is one line and holds no token."""
+
+
+def push_folder(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "Upload a model compressed with hfcompress",
+) -> CommitInfo:
+    """Verify a folder in fresh processes, write its card, and push it in one commit.
+
+    Args:
+        folder: A folder that `save_pretrained` wrote.
+        repo: "user/name", or "name" for your own.
+        private: Make the repository private if it is created now.
+        revision: Branch to commit to; created if it is not there.
+        token: Instead of the one you logged in with.
+        message: Of the commit.
+
+    Returns:
+        The commit.
+
+    Raises:
+        VerificationError: The folder does not load as its card would promise; nothing was pushed.
+        PushError: The Hub refused.
+        FileNotFoundError: There is no such folder.
+    """
+    folder = Path(folder)
+    checks = require_loadable(folder)
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        write_card(folder, repo_id=repo_id, checks=checks)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, ignore_patterns=IGNORED
+        )
+    except HFValidationError as error:
+        raise PushError(f"{repo!r} is not a name the Hub takes: {_first_line(error)}; give user/name") from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        reason = _REASONS.get(status, f"it answered {status}: {_first_line(error)}")
+        raise PushError(f"{repo} was not pushed: {reason}") from None
+
+
+_REASONS = {
+    401: "the Hub does not know you; log in with: hf auth login (a token with write access)",
+    403: "you may not write there; check the name of the user or organization, and that the token may write",
+    404: "there is no such user or organization, or you may not see it",
+}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

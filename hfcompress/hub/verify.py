@@ -1,0 +1,177 @@
+"""Does a saved folder load, by every way its card promises, in a fresh process, with the same outputs?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from hfcompress.checkpoints.io import load
+from hfcompress.checkpoints.record import read_units
+from hfcompress.measurement import example_inputs
+
+PROBE_FILE = "hfcompress_probe.safetensors"
+_CHILD = Path(__file__).with_name("_load_by_route.py")
+
+ROUTES = {
+    "load": "hfcompress.load",
+    "auto": "import hfcompress, then the Auto class",
+    "remote": "the Auto class with trust_remote_code=True, without hfcompress",
+    "plain": "the Auto class alone, without hfcompress",
+}
+
+
+class VerificationError(ValueError):
+    """A saved folder does not load as it should."""
+
+
+@dataclass(frozen=True)
+class RouteCheck:
+    """What came out of loading by one route.
+
+    Attributes:
+        route: A key of `ROUTES`.
+        ok: Whether it loaded and its outputs were close enough.
+        difference: Largest absolute difference to the outputs when it was saved; None if it did not load.
+        tolerance: What is close enough.
+        error: Last line of what went wrong.
+    """
+
+    route: str
+    ok: bool
+    difference: float | None
+    tolerance: float
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        return asdict(self)
+
+
+def save_probe(model: nn.Module, folder: str | Path) -> None:
+    """Run a model on two small made-up examples and keep inputs and outputs in its folder, for `verify_folder`.
+
+    Args:
+        model: The model as it was saved; its mode is restored.
+        folder: Where it was saved.
+    """
+    was_training = model.training
+    model.eval()
+    length = None if _takes_images(model) else min(12, getattr(model.config, "max_position_embeddings", 12) // 2)
+    inputs = example_inputs(model, batch=2, length=length)
+    with torch.no_grad():
+        outputs = probe_outputs(model(**inputs))
+    model.train(was_training)
+    tensors = {f"input.{name}": value.cpu().contiguous() for name, value in inputs.items()}
+    tensors["output"] = outputs.float().cpu().contiguous()
+    safetensors.torch.save_file(tensors, Path(folder) / PROBE_FILE)
+
+
+def probe_outputs(outputs: Any) -> torch.Tensor:
+    """What is compared: logits (of language models only the last position), or the last hidden state."""
+    values = next(outputs[name] for name in ("logits", "start_logits", "last_hidden_state") if name in outputs)
+    return values[:, -1] if values.dim() == 3 and values.shape[-1] > 1000 else values
+
+
+def _takes_images(model: nn.Module) -> bool:
+    return getattr(model, "main_input_name", "input_ids") == "pixel_values"
+
+
+def routes_of(folder: str | Path) -> list[str]:
+    """The routes by which a folder should load, from what its config says."""
+    config = AutoConfig.from_pretrained(folder)
+    if not read_units(config):
+        return ["load", "auto", "plain"]
+    return ["load", "auto", "remote"]
+
+
+def verify_folder(
+    folder: str | Path, *, routes: Sequence[str] | None = None, timeout_s: float = 900
+) -> list[RouteCheck]:
+    """Load a folder in fresh processes, with and without hfcompress, and compare outputs with those kept at saving.
+
+    Args:
+        folder: A folder that `save_pretrained` wrote. Without a probe in it, one is made by loading it here first.
+        routes: Which ones; None means all that should work.
+        timeout_s: Longest time for a process.
+
+    Returns:
+        One check per route.
+
+    Raises:
+        OSError: There is no such folder, or nothing in it can be loaded.
+    """
+    folder = Path(folder).resolve()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
+    if not (folder / PROBE_FILE).is_file():
+        save_probe(load(folder), folder)
+    routes = routes_of(folder) if routes is None else routes
+    groups = [[r for r in routes if r in ("load", "auto")], [r for r in routes if r in ("remote", "plain")]]
+    checks = [check for group in groups if group for check in _run_child(folder, group, timeout_s)]
+    return sorted(checks, key=lambda check: list(ROUTES).index(check.route))
+
+
+def _run_child(folder: Path, routes: list[str], timeout_s: float) -> list[RouteCheck]:
+    tolerance = _tolerance(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        # Started by path and from an empty folder, so that nothing but what is installed can be imported.
+        code = f"import runpy; runpy.run_path({str(_CHILD)!r}, run_name='__main__')"
+        settings = {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        arguments = [sys.executable, "-c", code, str(folder), json.dumps(routes), f"{scratch}/out.json"]
+        environment = {k: v for k, v in os.environ.items() if k not in _PER_PROCESS} | settings
+        done = subprocess.run(
+            arguments, cwd=scratch, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        path = Path(scratch) / "out.json"
+        if not path.is_file():
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            return [RouteCheck(route, False, None, tolerance, last) for route in routes]
+        found = json.loads(path.read_text(encoding="utf-8"))
+    return [_judge(route, found[route], tolerance) for route in routes]
+
+
+# A child of a process started by torchrun must not believe that it belongs to the group.
+_PER_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+
+def _judge(route: str, found: dict[str, Any], tolerance: float) -> RouteCheck:
+    if found.get("error"):
+        return RouteCheck(route, False, None, tolerance, found["error"])
+    difference = float(found["difference"])
+    good = difference <= tolerance
+    return RouteCheck(route, good, difference, tolerance, None if good else "outputs differ from those at saving")
+
+
+def _tolerance(folder: Path) -> float:
+    """1e-5 in float32; coarser where kernels of other batch shapes or devices round differently."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    plain = config.get("dtype", "float32") == "float32" and not config.get("quantization_config")
+    return 1e-5 if plain else 1e-2
+
+
+def require_loadable(folder: str | Path) -> list[RouteCheck]:
+    """`verify_folder`, and an error if any route fails.
+
+    Raises:
+        VerificationError: One line that names route and reason.
+    """
+    checks = verify_folder(folder)
+    for check in checks:
+        if not check.ok:
+            raise VerificationError(
+                f"{folder} does not load through {ROUTES[check.route]}: {check.error} (difference {check.difference}, "
+                f"allowed {check.tolerance}); nothing was pushed"
+            )
+    return checks

@@ -1,0 +1,280 @@
+"""Reading a data set: from the Hub, from files, from a folder of images or one written by `save_to_disk`."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from PIL import Image
+
+from hfcompress.config import DataConfig
+from hfcompress.tasks.columns import Kind
+from hfcompress.tasks.errors import DataError, first_line, unknown_name
+
+logger = logging.getLogger(__name__)
+
+TRAIN_SPLITS = ("train", "training")
+# In this order: the labels of a test split are often kept secret, so a validation split goes first.
+EVAL_SPLITS = (
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "eval",
+    "evaluation",
+    "validation_matched",
+    "test",
+    "testing",
+)
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split as it was read.
+
+    Attributes:
+        rows: The examples with all their columns.
+        name: What to call it in a message.
+        folder: Where relative file names in a column start from, or None.
+    """
+
+    rows: datasets.Dataset
+    name: str
+    folder: Path | None = None
+
+
+def read_sources(config: DataConfig, *, kind: Kind) -> tuple[Source, Source | None]:
+    """Read the training data, and the evaluation data if there are any.
+
+    Args:
+        config: The `data` section of a recipe.
+        kind: Whether the inputs are texts or images.
+
+    Returns:
+        Training data, and evaluation data or None.
+
+    Raises:
+        DataError: Something cannot be found or read, or has no rows.
+    """
+    if config.name is None:
+        splits = _read_path(str(config.train), kind=kind, key="data.train")
+    elif Path(config.name).expanduser().is_dir():
+        splits = _read_path(config.name, kind=kind, key="data.name")
+    else:
+        splits = _read_hub(config)
+    train_name = _choose(splits, None if config.name is None else config.train, TRAIN_SPLITS, "data.train")
+    eval_source = _evaluation(config, splits, train_name, kind)
+    for source in (splits[train_name], eval_source):
+        if source is not None and len(source.rows) == 0:
+            raise DataError(f"data: {source.name} has no rows")
+    return splits[train_name], eval_source
+
+
+def _evaluation(config: DataConfig, splits: Mapping[str, Source], train_name: str, kind: Kind) -> Source | None:
+    """The evaluation data as named, or the customary split beside the training data, or None."""
+    if config.eval is None:
+        names = [name for name in EVAL_SPLITS if name in splits and name != train_name]
+        return splits[names[0]] if names else None
+    if config.eval == (config.train if config.name is None else train_name):
+        logger.warning("data.eval is the training data: the score says nothing about new examples")
+    if config.eval in splits:
+        return splits[config.eval]
+    if config.name is not None and not _matches(config.eval):
+        raise unknown_name("data.eval", "split", config.eval, splits)
+    found = _read_path(config.eval, kind=kind, key="data.eval")
+    return found[_choose(found, None, (*EVAL_SPLITS, *TRAIN_SPLITS), "data.eval")]
+
+
+def _choose(splits: Mapping[str, Source], asked: str | None, customary: Sequence[str], key: str) -> str:
+    """Name of the split asked for, else of the only one, else of the first customary one."""
+    if asked is not None:
+        if asked not in splits:
+            raise unknown_name(key, "split", asked, splits)
+        return asked
+    if len(splits) == 1:
+        return next(iter(splits))
+    for name in customary:
+        if name in splits:
+            return name
+    raise DataError(f"{key}: cannot tell which split to use; there are: {', '.join(splits)}")
+
+
+def _read_hub(config: DataConfig) -> dict[str, Source]:
+    """All splits of a data set on the Hub, and those parts of splits (such as train[:90%]) that are asked for."""
+    name = str(config.name)
+    parts = [s for s in (config.train, config.eval) if s and re.search(r"[\[+]", s) and not _matches(s)]
+    try:
+        found: dict[str, Any] = dict(datasets.load_dataset(name, config.config))
+        found |= {part: datasets.load_dataset(name, config.config, split=part) for part in parts}
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"data.name: {name!r} cannot be loaded: {first_line(error)};"
+            " check the name and the network, or give local files in data.train"
+        ) from error
+    return {split: Source(rows, f"{name} ({split})") for split, rows in found.items()}
+
+
+def _matches(pattern: str) -> list[Path]:
+    """The files or folders a path or a pattern such as data/train-*.parquet stands for, sorted."""
+    path = Path(pattern).expanduser()
+    if path.exists():
+        return [path]
+    return sorted(Path(found) for found in glob.glob(str(path), recursive=True))
+
+
+def _read_path(pattern: str, *, kind: Kind, key: str) -> dict[str, Source]:
+    """Read files or a folder; the splits found, which is one named train for plain files."""
+    paths = _matches(pattern)
+    if not paths:
+        raise DataError(f"{key}: {pattern!r} is neither a file nor a folder")
+    if len(paths) == 1 and paths[0].is_dir():
+        return _read_folder(paths[0], kind, key)
+    return {"train": _read_files(paths, Path(pattern).name, key)}
+
+
+def _read_folder(folder: Path, kind: Kind, key: str) -> dict[str, Source]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _read_saved(folder, key)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path, folder)]
+    described = [path for path in files if path.stem == "metadata" and path.suffix in (".csv", ".jsonl", ".parquet")]
+    tables = [path for path in files if path.suffix.lower() in FORMATS and not path.name.startswith("dataset_info")]
+    images = [path for path in files if path.suffix.lower() in _image_suffixes()]
+    if kind == "image" and described:
+        loaded = _load("imagefolder", folder.name, key, data_dir=str(folder))
+        return {split: Source(rows, f"{folder.name}/{split}") for split, rows in loaded.items()}
+    if kind == "image" and images:
+        return _read_images(folder, images, key)
+    if not tables:
+        wanted = "images in one folder per class, " if kind == "image" else ""
+        raise DataError(f"{key}: {str(folder)!r} holds no {wanted}{', '.join(FORMATS)} files, nor a saved data set")
+    groups: dict[str | None, list[Path]] = {}
+    for path in tables:
+        groups.setdefault(_split_of(path, folder), []).append(path)
+    if set(groups) == {None}:
+        return {"train": _read_files(tables, folder.name, key)}
+    if None in groups:
+        raise DataError(
+            f"{key}: cannot tell which split {groups[None][0].name} in {folder.name} belongs to, while other files"
+            " there are named after one; give files in data.train and data.eval"
+        )
+    return {str(split): _read_files(paths, f"{folder.name} ({split})", key) for split, paths in groups.items()}
+
+
+def _read_saved(folder: Path, key: str) -> dict[str, Source]:
+    """What `save_to_disk` wrote."""
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{key}: {str(folder)!r} cannot be read: {first_line(error)}") from error
+    if isinstance(loaded, datasets.Dataset):
+        return {"train": Source(loaded, folder.name, folder)}
+    return {str(split): Source(rows, f"{folder.name} ({split})", folder) for split, rows in loaded.items()}
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)
+
+
+def _image_suffixes() -> set[str]:
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+
+
+def _split_of(path: Path, root: Path) -> str | None:
+    """The split a file belongs to by a folder's name or a word in its own (sst2_dev, train-00000-of-00002)."""
+    words = [*path.relative_to(root).parts[:-1], *re.split(r"[^a-zA-Z]+", path.stem)]
+    return next((word.lower() for word in words if word.lower() in (*TRAIN_SPLITS, *EVAL_SPLITS)), None)
+
+
+def _read_images(folder: Path, images: Sequence[Path], key: str) -> dict[str, Source]:
+    """A folder with one folder of images per class, or with one such folder per split.
+
+    Read here and not by datasets' "imagefolder", which takes a class folder named test_tube for a test split.
+    """
+    tops = sorted({path.relative_to(folder).parts[0] for path in images})
+    if {top.lower() for top in tops} <= {*TRAIN_SPLITS, *EVAL_SPLITS}:
+        return {top.lower(): _class_folders(folder / top, images, f"{folder.name}/{top}", key) for top in tops}
+    return {"train": _class_folders(folder, images, folder.name, key)}
+
+
+def _class_folders(root: Path, images: Sequence[Path], name: str, key: str) -> Source:
+    inside = [path for path in images if path.is_relative_to(root)]
+    loose = [path for path in inside if path.parent == root]
+    if loose:
+        raise DataError(
+            f"{key}: {str(loose[0])!r} lies in no class folder ({len(loose)} such);"
+            " images are expected in one folder per class, named as the class"
+        )
+    classes = sorted({path.relative_to(root).parts[0] for path in inside})
+    ids = {cls: i for i, cls in enumerate(classes)}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+    columns = {
+        "image": [str(path.absolute()) for path in inside],
+        "label": [ids[path.relative_to(root).parts[0]] for path in inside],
+    }
+    return Source(datasets.Dataset.from_dict(columns, features=features), name, root)
+
+
+def _read_files(paths: Sequence[Path], name: str, key: str) -> Source:
+    """Tables of one format, put one below the other."""
+    suffixes = sorted({path.suffix.lower() for path in paths})
+    formats = {FORMATS.get(suffix) for suffix in suffixes}
+    if None in formats or len(formats) > 1:
+        raise DataError(f"{key}: {name}: files end in {', '.join(suffixes)}; give one kind of {', '.join(FORMATS)}")
+    builder = str(formats.pop())
+    options: dict[str, Any] = {}
+    if builder == "csv":
+        # pandas would read the words "NA", "None" and "null" as missing values; here only an empty cell is one.
+        options = {"sep": _separator(paths[0], key), "keep_default_na": False, "na_values": [""]}
+        if any(_has_literal_quotes(path) for path in paths if path.suffix.lower() == ".tsv"):
+            options["quoting"] = csv.QUOTE_NONE
+    files = [glob.escape(str(path.absolute())) for path in paths]
+    rows = _load(builder, name, key, data_files={"train": files}, **options)["train"]
+    return Source(rows, name, paths[0].parent)
+
+
+def _load(builder: str, name: str, key: str, **options: Any) -> Any:
+    try:
+        return datasets.load_dataset(builder, **options)
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError) as error:
+        reason = "has no rows" if "corresponds to no data" in str(error) else f"cannot be read: {first_line(error)}"
+        raise DataError(f"{key}: {name} {reason}") from error
+
+
+def _separator(path: Path, key: str) -> str:
+    """What separates the columns of a csv file, by its first line: comma, semicolon or tab."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            header = file.readline()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{key}: {path.name} is not in UTF-8; save it in that encoding") from error
+    except OSError as error:
+        raise DataError(f"{key}: {path.name} cannot be read: {error.strerror or error}") from error
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    return max(",;\t", key=header.count)
+
+
+def _has_literal_quotes(path: Path) -> bool:
+    """Whether some cell opens a quotation and does not close it, as in GLUE's files.
+
+    There a quotation mark is a character like any other; read as quoting, it would swallow the rows up to the next.
+    """
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        cells = (cell for line in file for cell in line.rstrip("\r\n").split("\t"))
+        return any(cell.startswith('"') and (len(cell) == 1 or not cell.endswith('"')) for cell in cells)

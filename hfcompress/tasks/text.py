@@ -1,0 +1,175 @@
+"""Texts, single or in pairs: checked, tokenized, padded per batch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from hfcompress.config import DataConfig
+from hfcompress.tasks.columns import Columns, Kind
+from hfcompress.tasks.errors import DataError, first_line
+from hfcompress.tasks.labels import row_count
+from hfcompress.tasks.sources import Source
+
+logger = logging.getLogger(__name__)
+
+PAD_TO = 8  # Tensor cores and vector units are fastest with lengths that are multiples of 8.
+# Part of the cache key of tokenized data; raise it whenever tokenize() writes something else.
+TOKENIZE_VERSION = 1
+
+
+class TextInputs:
+    """Text for a model that takes `input_ids`."""
+
+    kind: Kind = "text"
+
+    def load_processor(self, model_name: str, *, revision: str | None, trust_remote_code: bool) -> Any:
+        """Load the tokenizer; one without a padding token (GPT-2, Llama) pads with its end-of-text token."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model_name, revision=revision, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise DataError(f"{model_name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        # Where there are no tokenizer files, transformers quietly makes one that knows only the special tokens (and
+        # for SentencePiece models a blank): every word would become "unknown".
+        if len(tokenizer) - len(set(tokenizer.all_special_tokens)) <= 2:
+            raise DataError(f"{model_name}: has no tokenizer: it knows no words; save one beside the model")
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise DataError(f"{model_name}: its tokenizer has neither a padding nor an end-of-text token; add one")
+            tokenizer.pad_token = tokenizer.eos_token
+            logger.info("%s has no padding token; padding with %s", model_name, tokenizer.eos_token)
+        return tokenizer
+
+    def open(self, source: Source, columns: Columns) -> datasets.Dataset:
+        """Check that each row has text. Of a pair one may be blank, but neither may be missing."""
+        names = list(columns.text or ())
+        rows = source.rows.with_format(None).select_columns(names)
+        missing: list[int] = []
+        start = 0
+        for batch in rows.iter(batch_size=10_000):
+            for offset, texts in enumerate(zip(*(batch[name] for name in names), strict=True)):
+                if any(text is None for text in texts) or not any(text.strip() for text in texts):
+                    missing.append(start + offset)
+            start += len(batch[names[0]])
+        if missing:
+            raise DataError(
+                f"{source.name}: no text in column {' or '.join(names)} in {row_count(missing)}; drop the rows or fill them in"
+            )
+        return rows
+
+    def encode(
+        self,
+        rows: datasets.Dataset,
+        *,
+        columns: Columns,
+        processor: Any,
+        config: DataConfig,
+        model_config: Any,
+        where: str,
+    ) -> datasets.Dataset:
+        """Tokenize without padding, cut at the longest length, and log once how many texts were cut."""
+        names = list(columns.text or ())
+        limit, _ = length_limit(processor, config=config, model_config=model_config)
+        encoded = rows.map(
+            tokenize,
+            batched=True,
+            remove_columns=names,
+            fn_kwargs={"names": names, "tokenizer": processor, "limit": limit, "version": TOKENIZE_VERSION},
+            num_proc=config.workers if config.workers > 1 else None,
+            keep_in_memory=not _cache_is_writable(rows),
+            desc=f"tokenizing {where}",
+        )
+        cut = sum(encoded["truncated"])
+        logger.info(
+            "%s: %s of %s texts (%.1f %%) are longer than %d tokens and are cut there",
+            where,
+            f"{cut:,}",
+            f"{len(encoded):,}",
+            100 * cut / len(encoded),
+            limit,
+        )
+        return encoded.remove_columns("truncated")
+
+    def collator(self, processor: Any, *, config: DataConfig, model_config: Any) -> Callable[[list[Any]], Any]:
+        """Pad each batch to its longest text, rounded up to a multiple of 8 where the model has room for it."""
+        limit, room = length_limit(processor, config=config, model_config=model_config)
+        fits = room is None or -(-limit // PAD_TO) * PAD_TO <= room
+        return DataCollatorWithPadding(processor, pad_to_multiple_of=PAD_TO if fits else None)
+
+    def contents(self, rows: datasets.Dataset, columns: Columns) -> Iterator[bytes]:
+        """The texts in UTF-8; those of a pair each with their length in front, so that they cannot run together."""
+        names = list(columns.text or ())
+        for batch in rows.select_columns(names).iter(batch_size=10_000):
+            for texts in zip(*(batch[name] for name in names), strict=True):
+                encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+                yield b"".join(len(text).to_bytes(8, "little") + text for text in encoded)
+
+    def model_kwargs(self, processor: Any, model_config: Any) -> dict[str, Any]:
+        """The padding token of a model that does not know one: it finds the last token of a text by it."""
+        return {} if model_config.pad_token_id is not None else {"pad_token_id": processor.pad_token_id}
+
+
+def tokenize(
+    batch: dict[str, Sequence[str]], *, names: Sequence[str], tokenizer: Any, limit: int, version: int
+) -> dict[str, Any]:
+    """Tokenize a batch of texts or of pairs of texts.
+
+    Args:
+        batch: Columns of text.
+        names: The one or two columns to read.
+        tokenizer: A Hugging Face tokenizer.
+        limit: Longest length in tokens, special tokens included.
+        version: Only there to be part of the cache key.
+
+    Returns:
+        What the tokenizer returns, and "truncated": whether tokens were cut off each row.
+    """
+    del version
+    encoding = tokenizer(*(list(batch[name]) for name in names), truncation=True, max_length=limit)
+    if encoding.encodings is not None:
+        truncated = [bool(one.overflowing) for one in encoding.encodings]
+    else:  # a tokenizer written in Python does not keep what it cuts off: count again what is as long as allowed
+        truncated = [len(ids) >= limit for ids in encoding["input_ids"]]
+        for row in [row for row, full in enumerate(truncated) if full]:
+            whole = tokenizer(*(batch[name][row] for name in names), truncation=False, verbose=False)
+            truncated[row] = len(whole["input_ids"]) > limit
+    return {**encoding, "truncated": truncated}
+
+
+def length_limit(processor: Any, *, config: DataConfig, model_config: Any) -> tuple[int, int | None]:
+    """The longest text in tokens, and the longest the model has room for.
+
+    Args:
+        processor: The tokenizer.
+        config: The `data` section of a recipe; its `max_length` counts where the model has room for it.
+        model_config: Configuration of the model.
+
+    Returns:
+        The limit, and the model's room or None if it knows none.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> tokenizer, model = SimpleNamespace(model_max_length=512), SimpleNamespace(max_position_embeddings=64)
+        >>> length_limit(tokenizer, config=DataConfig(train="a.csv"), model_config=model)
+        (64, 64)
+    """
+    known = [
+        int(room)
+        for room in (processor.model_max_length, getattr(model_config, "max_position_embeddings", None))
+        if room is not None and 0 < room < 10**9  # tokenizers that know no limit say 10**30
+    ]
+    room = min(known) if known else None
+    return (config.max_length, None) if room is None else (min(config.max_length, room), room)
+
+
+def _cache_is_writable(rows: datasets.Dataset) -> bool:
+    """Whether results may be cached beside the data (which save_to_disk may have put into a read-only folder)."""
+    return all(os.access(Path(file["filename"]).parent, os.W_OK) for file in rows.cache_files)
