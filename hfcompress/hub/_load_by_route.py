@@ -16,9 +16,11 @@ def main() -> None:
         import hfcompress
     import torch
     import transformers
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    probe = load_file(f"{folder}/hfcompress_probe.safetensors")
+    with safe_open(f"{folder}/hfcompress_probe.safetensors", "pt") as file:
+        probe = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        wanted = (file.metadata() or {}).get("device", "cpu")
     inputs = {name[len("input.") :]: value for name, value in probe.items() if name.startswith("input.")}
     config = transformers.AutoConfig.from_pretrained(folder)
     name = config.architectures[0]
@@ -37,17 +39,19 @@ def main() -> None:
             return hfcompress.load(folder)
         return auto_class().from_pretrained(folder, **({"trust_remote_code": True} if route == "remote" else {}))
 
-    results = {}
+    results: dict[str, dict[str, float | str]] = {}
     for route in routes:
         try:
             model = loaded(route).eval()
+            if wanted == "cuda" and torch.cuda.is_available() and not getattr(model, "quantization_method", None):
+                model = model.to("cuda")
             device = next(model.parameters()).device
             with torch.no_grad():
                 outputs = model(**{k: v.to(device) for k, v in inputs.items()})
             values = next(outputs[key] for key in ("logits", "start_logits", "last_hidden_state") if key in outputs)
             values = values[:, -1] if values.dim() == 3 and values.shape[-1] > 1000 else values
             results[route] = {"difference": float((values.float().cpu() - probe["output"]).abs().max())}
-        except Exception as error:  # noqa: BLE001: whatever happened is the result
+        except Exception as error:  # noqa: BLE001 (whatever happened is the result)
             results[route] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     if "load" not in routes and "auto" not in routes and "hfcompress" in sys.modules:
         results = {route: {"error": "hfcompress was imported, so nothing is proven"} for route in routes}

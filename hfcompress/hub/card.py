@@ -45,6 +45,7 @@ def write_card(
     repo_id: str | None = None,
     base_model: str | None = None,
     checks: list[RouteCheck] | None = None,
+    scores: dict[str, float] | None = None,
     **metadata: Any,
 ) -> Path:
     """Render `README.md` of a saved folder, and the picture of its layers.
@@ -54,6 +55,7 @@ def write_card(
         repo_id: Where it is going to be, for the loading examples.
         base_model: Repository on the Hub that the weights come from.
         checks: What `verify_folder` found.
+        scores: Named numbers of the last evaluation in training, for a model that was not measured otherwise.
         **metadata: More fields of the card's metadata: license, language, datasets, tags, ...
 
     Returns:
@@ -86,6 +88,7 @@ def write_card(
         base_model=_repository(base_model) or "not said",
         teacher=next((s["teacher"] for s in reversed(steps) if s["step"] == "distill"), "none"),
         data=_data(results),
+        scores=", ".join(f"{name} {value:.4g}" for name, value in (scores or {}).items()),
         command=results.get("command"),
         version=hfcompress.__version__,
         **_conditions(results),

@@ -62,7 +62,7 @@ def push_folder(
     except HFValidationError as error:
         raise PushError(f"{repo!r} is not a name the Hub takes: {_first_line(error)}; give user/name") from None
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
+        status = int(getattr(error.response, "status_code", 0))
         reason = _REASONS.get(status, f"it answered {status}: {_first_line(error)}")
         raise PushError(f"{repo} was not pushed: {reason}") from None
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,24 +69,31 @@ def save_probe(model: nn.Module, folder: str | Path) -> None:
     """
     was_training = model.training
     model.eval()
-    length = None if _takes_images(model) else min(12, getattr(model.config, "max_position_embeddings", 12) // 2)
-    inputs = example_inputs(model, batch=2, length=length)
+    inputs = _probe_inputs(model)
     with torch.no_grad():
         outputs = probe_outputs(model(**inputs))
     model.train(was_training)
     tensors = {f"input.{name}": value.cpu().contiguous() for name, value in inputs.items()}
     tensors["output"] = outputs.float().cpu().contiguous()
-    safetensors.torch.save_file(tensors, Path(folder) / PROBE_FILE)
+    metadata = {"device": next(model.parameters()).device.type}
+    safetensors.torch.save_file(tensors, Path(folder) / PROBE_FILE, metadata=metadata)
+
+
+def _probe_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        device = next(model.parameters()).device
+        ids = torch.arange(3, 11, device=device).repeat(2, 1) % config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+        return {"input_ids": ids, "decoder_input_ids": ids[:, :4].contiguous()}
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        return example_inputs(model, batch=2)
+    return example_inputs(model, batch=2, length=min(12, getattr(config, "max_position_embeddings", 24) // 2))  # type: ignore[operator]
 
 
 def probe_outputs(outputs: Any) -> torch.Tensor:
     """What is compared: logits (of language models only the last position), or the last hidden state."""
     values = next(outputs[name] for name in ("logits", "start_logits", "last_hidden_state") if name in outputs)
     return values[:, -1] if values.dim() == 3 and values.shape[-1] > 1000 else values
-
-
-def _takes_images(model: nn.Module) -> bool:
-    return getattr(model, "main_input_name", "input_ids") == "pixel_values"
 
 
 def routes_of(folder: str | Path) -> list[str]:
@@ -119,7 +127,9 @@ def verify_folder(
         save_probe(load(folder), folder)
     routes = routes_of(folder) if routes is None else routes
     groups = [[r for r in routes if r in ("load", "auto")], [r for r in routes if r in ("remote", "plain")]]
-    checks = [check for group in groups if group for check in _run_child(folder, group, timeout_s)]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda group: _run_child(folder, group, timeout_s), [group for group in groups if group])
+        checks = [check for group in found for check in group]
     return sorted(checks, key=lambda check: list(ROUTES).index(check.route))
 
 

@@ -35,6 +35,9 @@ class Pruner:
         seed: For the criterion "random".
         agree: Makes a tensor the same on all processes, in place (broadcast from the first); None for one process.
 
+    Raises:
+        BudgetError: The target cannot be reached under the recipe's constraints.
+
     Example:
         >>> from transformers import BertConfig, BertModel
         >>> model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32))
@@ -69,6 +72,8 @@ class Pruner:
         self._last_step = -1
         self._dense = self._parameters(self.sites, self.original)
         self._permitted = self._uniform_counts() if config.uniform else None
+        # What cannot be reached is said now, not after most of the training.
+        self._allocate({site.name: torch.zeros(site.units) for site in self.sites}, config.target.sparsity)
 
     def _uniform_counts(self) -> dict[str, set[int]]:
         """The counts per kind that the plain config of the architecture can say.
@@ -177,6 +182,9 @@ class Pruner:
             scores[site.name] = score
         self._importance = {name: value * _MEMORY for name, value in self._importance.items()}
         self._collected = self._collected * _MEMORY
+        return self._allocate(scores, sparsity)
+
+    def _allocate(self, scores: dict[str, torch.Tensor], sparsity: float) -> Plan:
         return allocate(self.sites, scores, self.original, self.config, sparsity=sparsity, permitted=self._permitted)
 
     def _device(self, site: Site) -> torch.device:

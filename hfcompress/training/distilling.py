@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class DistillationMixin(ExactTrainerMixin):
 
     * `_loss_terms`: adds the terms that compare student and teacher.
     * `create_optimizer`: adds the projections between hidden states of different widths, if there are any.
+    * `training_step`: averages their gradients over processes, as the wrapper does for the model's.
     * `_save_optimizer_and_scheduler`: keeps these projections in checkpoints; they are never part of the model.
 
     The teacher is no part of the Trainer's model: it is in eval mode, has no gradients, is never wrapped, prepared,
@@ -48,7 +50,7 @@ class DistillationMixin(ExactTrainerMixin):
         self,
         model: PreTrainedModel | None = None,
         *args: Any,
-        teacher: PreTrainedModel | str | None = None,
+        teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
         recipe: Recipe | None = None,
         **kwargs: Any,
     ) -> None:
@@ -73,15 +75,12 @@ class DistillationMixin(ExactTrainerMixin):
         self._set_teacher(teacher)
         self.add_callback(_ProjectionCallback(self))
 
-    def _set_teacher(self, teacher: PreTrainedModel | str) -> None:
+    def _set_teacher(self, teacher: PreTrainedModel | str | os.PathLike[str]) -> None:
         assert self.distill is not None
-        student = self.accelerator.unwrap_model(self.model)
-        if isinstance(teacher, str):
+        student = without_adapters(self.accelerator.unwrap_model(self.model))
+        if isinstance(teacher, str | os.PathLike):
             teacher = type(student).from_pretrained(teacher, use_safetensors=True)
-        if teacher is student:
-            raise ValueError(
-                "teacher and model are the same object; pass a copy: copy.deepcopy(model) or from_pretrained"
-            )
+        _check_nothing_is_shared(student, teacher)
         _check_outputs_match(student, teacher)
         self.teacher = Teacher(teacher, label_names=self.label_names)
         self.teacher.to(self.args.device)
@@ -100,11 +99,12 @@ class DistillationMixin(ExactTrainerMixin):
         has_labels = any(inputs.get(name) is not None for name in self.label_names)
         if self.teacher is None or self.distill is None or (not model.training and has_labels):
             return super()._loss_terms(model, inputs, counts)
-        student = self.accelerator.unwrap_model(model)
+        student = without_adapters(self.accelerator.unwrap_model(model))
+        asked = _with_decoder_inputs(student, inputs)
         with self._capture(student, side=0) as ours:
             outputs = self._run_model(model, inputs)
         with self._capture(self.teacher.model, side=1) as theirs, self.accelerator.autocast():
-            targets = self.teacher(inputs)
+            targets = self.teacher(asked)
         terms: dict[str, torch.Tensor] = {}
         task = self._task_loss(outputs, inputs, counts) if self.distill.task.weight > 0 and has_labels else None
         if task is not None:
@@ -125,9 +125,15 @@ class DistillationMixin(ExactTrainerMixin):
         self, student: nn.Module, outputs: Any, targets: Any, inputs: Mapping[str, Any], counts: ItemCounts
     ) -> torch.Tensor:
         """The divergence of the two models' predictions, over the items that the task predicts."""
-        assert self.distill is not None
+        assert self.distill is not None and self.teacher is not None
         temperature = self.distill.logits.temperature
-        if "start_logits" in outputs:
+        spans = "start_logits" in outputs
+        if ("start_logits" if spans else "logits") not in targets:
+            raise ValueError(
+                f"the teacher {type(self.teacher.model).__name__} gives no {'spans' if spans else 'logits'}; "
+                "it needs the same kind of head as the student"
+            )
+        if spans:
             return self._span_loss(outputs, targets, inputs, counts)
         ours, theirs = outputs["logits"], targets["logits"].to(outputs["logits"].device)
         if ours.shape != theirs.shape:
@@ -146,11 +152,9 @@ class DistillationMixin(ExactTrainerMixin):
         shifted = self._predicts_next_token
         if labels is not None:
             mask, count = label_mask(labels, shifted=shifted), counts.labels
-        elif getattr(student.config, "is_encoder_decoder", False):
-            raise ValueError("distilling a sequence-to-sequence model needs labels: they are what its decoder reads")
         elif attention is not None:
             # Without labels every real token counts; the first has nothing before it that could predict it.
-            mask = (attention[..., 1:] if shifted else attention).bool()
+            mask = (attention[..., 1:] * attention[..., :-1] if shifted else attention).bool()
             count = counts.tokens - counts.examples if shifted else counts.tokens
         else:
             mask, count = None, counts.examples * (ours.shape[1] - int(shifted))
@@ -198,6 +202,7 @@ class DistillationMixin(ExactTrainerMixin):
         """Create the optimizer as Trainer does, with a group for the projections between unequal widths."""
         optimizer = super().create_optimizer(*(() if model is None else (model,)))
         self._make_projections()
+        self._load_projections()
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         fresh = [parameter for parameter in self._projections.parameters() if id(parameter) not in known]
         if fresh:
@@ -219,12 +224,31 @@ class DistillationMixin(ExactTrainerMixin):
         for pair in self._layer_pairs:
             self._projections[f"{pair[0]}_{pair[1]}"] = nn.Linear(*widths, bias=False)
         self._projections.to(self.args.device)
+
+    def _load_projections(self) -> None:
+        """Those of the checkpoint that is resumed from, if any; in any case the same on all processes."""
         path = Path(self._resumed_from or "") / PROJECTIONS_FILE
-        if self._resumed_from and path.is_file():
+        if self._resumed_from and len(self._projections) and path.is_file():
             safetensors.torch.load_model(self._projections, path)
         for parameter in self._projections.parameters():
             if self.args.world_size > 1:
                 torch.distributed.broadcast(parameter.data, src=0)
+
+    def _begin_run(self) -> None:
+        super()._begin_run()
+        self._resumed_from = None
+        if self.model_init is not None:
+            self._projections = nn.ModuleDict()
+
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One batch forward and backward as in Trainer, and the projections' gradients averaged over processes."""
+        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            for parameter in self._projections.parameters():
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= self.args.world_size
+        return loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resumed_from = resume_from_checkpoint
@@ -251,20 +275,46 @@ class DistillationMixin(ExactTrainerMixin):
 
 
 class _ProjectionCallback(TrainerCallback):
-    """Does for the projections what the wrapper and the training loop do for the model's parameters."""
+    """Does for the projections what the training loop does for the model's parameters."""
 
     def __init__(self, trainer: DistillationMixin) -> None:
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args: Any, *_: Any, **__: Any) -> None:
-        if args.world_size > 1:
-            for parameter in self.trainer._projections.parameters():
-                if parameter.grad is not None:
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= args.world_size
-
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer._projections.zero_grad()
+
+
+def without_adapters(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model, adapters in place; any other model as it is."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def _with_decoder_inputs(student: PreTrainedModel, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a teacher with a decoder has to be given in the place of labels: the same decoder inputs as the student."""
+    if not getattr(student.config, "is_encoder_decoder", False):
+        return inputs
+    labels = inputs.get("labels")
+    if labels is None:
+        raise ValueError("distilling a sequence-to-sequence model needs labels: they are what its decoder reads")
+    if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
+        return inputs
+    prepare = getattr(student, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None:
+        raise ValueError(
+            f"{type(student).__name__} does not say how its decoder inputs follow from labels; "
+            "let the data collator add decoder_input_ids"
+        )
+    return {**inputs, "decoder_input_ids": prepare(labels=labels)}
+
+
+def _check_nothing_is_shared(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that would be trained with the student, or freeze it."""
+    if teacher is student:
+        raise ValueError("teacher and model are the same object; pass a copy: copy.deepcopy(model) or from_pretrained")
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    shared = next((name for name, parameter in student.named_parameters() if id(parameter) in theirs), None)
+    if shared is not None:
+        raise ValueError(f"teacher and model share {shared}; pass a copy: copy.deepcopy(model) or from_pretrained")
 
 
 def _check_outputs_match(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -275,7 +325,8 @@ def _check_outputs_match(student: PreTrainedModel, teacher: PreTrainedModel) -> 
             raise ValueError(
                 f"the student has {ours.num_labels} labels and the teacher {theirs.num_labels}; give both the same num_labels"
             )
-        names = [list((config.id2label or {}).values()) for config in (ours, theirs)]
+        # By number: many configs list them in the order of their numbers as text (0, 1, 10, 11, 2, ...).
+        names = [[name for _, name in sorted((config.id2label or {}).items())] for config in (ours, theirs)]
         given = [not all(str(name).startswith("LABEL_") for name in side) for side in names]
         if all(given) and names[0] != names[1]:
             if sorted(map(str, names[0])) == sorted(map(str, names[1])):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hfcompress.anatomy import StructureError, family_of, find_sites, keep_units
+from hfcompress.anatomy import Change, StructureError, family_of, find_sites, keep_units
 from hfcompress.anatomy.sites import RECORD_VERSION
+from hfcompress.checkpoints.portable import MODELING_FILE
 from hfcompress.checkpoints.record import read_units
+from hfcompress.hub import RouteCheck, save_probe, write_card
+from hfcompress.hub.verify import require_loadable
 from hfcompress.training.items import ItemCounts, count_items
+from hfcompress.training.optimizers import rebuild_reducer, replace_parameters
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerBase
@@ -41,6 +46,7 @@ class ExactTrainerMixin(_TrainerBase):
     * `train`: adds what was done to the model's record.
     * `log`: adds the mean of each loss term since the last log.
     * `_load_from_checkpoint`, `_load_best_model`: load through `from_pretrained`, which knows names and shapes on disk.
+    * `push_to_hub`, `create_model_card`: verify before they push, and write our card.
     * `_save`: writes the training arguments as JSON instead of a pickle.
     """
 
@@ -51,6 +57,7 @@ class ExactTrainerMixin(_TrainerBase):
         super().__init__(*args, **kwargs)
         # Releases without `loss_is_scaled_for_ga` ask this instead. It only says that counts are worth passing.
         self.model_accepts_loss_kwargs = True
+        self._route_checks: list[RouteCheck] | None = None
         self._term_sums: dict[str, torch.Tensor] = {}
         self._terms_since_step = 0
         if self.args.n_gpu > 1:
@@ -71,8 +78,13 @@ class ExactTrainerMixin(_TrainerBase):
     def _record_steps(self) -> None:
         """Add what this run did to the record in the model's config; the mixins each add their step."""
 
+    def _begin_run(self) -> None:
+        """Forget what an earlier call of `train` left, before a new one starts."""
+        self._term_sums.clear()
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, then write down in the model's record what was done."""
+        self._begin_run()
         output = super().train(*args, **kwargs)
         self._record_steps()
         return output
@@ -193,7 +205,10 @@ class ExactTrainerMixin(_TrainerBase):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
         if self._loads_plainly(target):
-            load_weights(target, resume_from_checkpoint)
+            changes = load_weights(target, resume_from_checkpoint)
+            if changes and self.optimizer is not None:  # the user's own, or that of an earlier run
+                replace_parameters(getattr(self.optimizer, "optimizer", self.optimizer), changes)
+                rebuild_reducer(self.model_wrapped)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -213,13 +228,71 @@ class ExactTrainerMixin(_TrainerBase):
             arguments = json.loads(self.args.to_json_string())
             (folder / TRAINING_ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
+    # ---- Hub ----
 
-def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push as Trainer does, after the saved folder loaded in fresh processes with the same outputs.
+
+        Raises:
+            VerificationError: It does not; nothing was pushed.
+        """
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            save_probe(self.accelerator.unwrap_model(self.model), self.args.output_dir)
+            self._route_checks = require_loadable(self.args.output_dir)
+        return super().push_to_hub(*args, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,  # noqa: ARG002
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,  # noqa: ARG002
+        dataset_args: str | list[str] | None = None,  # noqa: ARG002
+    ) -> None:
+        """Write our card in place of Trainer's: what was done, how to load it, what was measured."""
+        if not self.is_world_process_zero():
+            return
+        evaluations = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
+        skipped = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+        scores = {
+            name: value
+            for name, value in (evaluations[-1] if evaluations else {}).items()
+            if name.startswith("eval_") and not name.endswith(skipped)
+        }
+        write_card(
+            self.args.output_dir,
+            repo_id=self.hub_model_id or model_name,
+            base_model=finetuned_from,
+            checks=self._route_checks,
+            scores=scores,
+            language=language,
+            license=license,
+            tags=tags,
+            datasets=dataset_tags,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies the files it knows from the checkpoint; a pruned model needs one more to load without hfcompress.
+        source = Path(checkpoint_folder) / MODELING_FILE
+        if self.is_world_process_zero() and source.is_file():
+            shutil.copy(source, Path(self.args.output_dir) / MODELING_FILE)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> list[Change]:
     """Load a checkpoint into a live model, in place, cutting the model to the checkpoint's shapes first.
 
     Args:
         model: The model; its units may be more than the checkpoint's, never fewer.
         folder: A folder that `save_pretrained` wrote.
+
+    Returns:
+        The parameters that were replaced because they were cut, for an optimizer that holds the old ones.
 
     Raises:
         StructureError: The checkpoint is of another architecture, or holds more units than the model has left.
@@ -228,7 +301,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     fresh = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
     if type(fresh.config) is not type(model.config):
         raise StructureError(f"{folder} holds a {fresh.config.model_type}, the model is a {model.config.model_type}")
-    _match_shapes(model, fresh, folder)
+    changes = _match_shapes(model, fresh, folder)
     model.load_state_dict(fresh.state_dict())
     record = getattr(fresh.config, "hfcompress", None)
     if record is not None:
@@ -236,14 +309,15 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
             **record,
             **({"units": model.config.hfcompress["units"]} if read_units(model.config) else {}),
         }
+    return changes
 
 
-def _match_shapes(model: PreTrainedModel, fresh: PreTrainedModel, folder: str | Path) -> None:
+def _match_shapes(model: PreTrainedModel, fresh: PreTrainedModel, folder: str | Path) -> list[Change]:
     """Cut `model` to the units of `fresh`, in place, and record it."""
     try:
         family_of(model)
     except StructureError:
-        return  # an architecture without sites was never cut
+        return []  # an architecture without sites was never cut
     sites = find_sites(model)
     left = {site.name: site.units for site in find_sites(fresh)}
     before = {site.name: site.units for site in sites} | {
@@ -254,10 +328,11 @@ def _match_shapes(model: PreTrainedModel, fresh: PreTrainedModel, folder: str | 
             raise StructureError(
                 f"{folder} has {left[site.name]} units in {site.name}, the model only {site.units}; start from the unpruned model"
             )
-    keep_units(
+    changes = keep_units(
         model, sites, {site.name: torch.arange(left[site.name]) for site in sites if left[site.name] < site.units}
     )
     units = {name: [left[name], before[name]] for name in left if left[name] != before[name]}
     if units:
         record = dict(getattr(model.config, "hfcompress", None) or {"version": RECORD_VERSION})
         model.config.hfcompress = {**record, "units": units}
+    return changes
