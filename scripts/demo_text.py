@@ -15,7 +15,7 @@ from pathlib import Path
 from hfcompress.cli.main import main
 
 HERE = Path(__file__).resolve().parents[1]
-TRAIN, EVAL = 7000, 2000
+TRAIN, EVAL = 4500, 2000
 
 
 def data_of(package: str) -> Path:

@@ -11,6 +11,7 @@ from hfcompress.measurement.latency import (
     speedup,
 )
 from hfcompress.measurement.metrics import Metric, accuracy, macro_f1, mcnemar, mean_interval, pearson
+from hfcompress.measurement.provenance import provenance
 from hfcompress.measurement.size import count_parameters, disk_bytes, memory_bytes
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "measure_latency",
     "memory_bytes",
     "pearson",
+    "provenance",
     "speedup",
 ]

@@ -178,7 +178,8 @@ class Pruner:
             score = score.cpu()
             if self.gates is not None:
                 closed = self.gates.values[site.name].detach().cpu() == 0
-                score = score.masked_fill(closed, 0.0)
+                # Below every open unit, also those whose importance is exactly 0: what is closed is what goes first.
+                score = score.masked_fill(closed, min(0.0, float(score.min())) - 1.0)
             scores[site.name] = score
         self._importance = {name: value * _MEMORY for name, value in self._importance.items()}
         self._collected = self._collected * _MEMORY

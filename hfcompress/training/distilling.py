@@ -237,6 +237,7 @@ class DistillationMixin(ExactTrainerMixin):
     def _begin_run(self) -> None:
         super()._begin_run()
         self._resumed_from = None
+        self._projections.zero_grad()  # of a step that was interrupted
         if self.model_init is not None:
             self._projections = nn.ModuleDict()
 
