@@ -295,14 +295,21 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> list[Change]:
         The parameters that were replaced because they were cut, for an optimizer that holds the old ones.
 
     Raises:
-        StructureError: The checkpoint is of another architecture, or holds more units than the model has left.
+        StructureError: The checkpoint is of another architecture or size, or holds more units than the model has left.
         OSError: The folder holds no checkpoint.
     """
+    # The class would read any config as its own.
+    model_type = type(model.config).get_config_dict(folder)[0].get("model_type")
+    if model_type != model.config.model_type:
+        raise StructureError(f"{folder} holds a {model_type}, the model is a {model.config.model_type}")
     fresh = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-    if type(fresh.config) is not type(model.config):
-        raise StructureError(f"{folder} holds a {fresh.config.model_type}, the model is a {model.config.model_type}")
     changes = _match_shapes(model, fresh, folder)
-    model.load_state_dict(fresh.state_dict())
+    weights, mine = fresh.state_dict(), model.state_dict()
+    for name in [*weights, *mine]:
+        shapes = [tuple(side[name].shape) if name in side else None for side in (weights, mine)]
+        if shapes[0] != shapes[1]:
+            raise StructureError(f"{folder} does not fit the model: {name} is {shapes[0]} there and {shapes[1]} here")
+    model.load_state_dict(weights)
     record = getattr(fresh.config, "hfcompress", None)
     if record is not None:
         model.config.hfcompress = {
@@ -323,8 +330,10 @@ def _match_shapes(model: PreTrainedModel, fresh: PreTrainedModel, folder: str | 
     before = {site.name: site.units for site in sites} | {
         name: pair[1] for name, pair in read_units(model.config).items()
     }
+    if left.keys() != {site.name for site in sites}:
+        raise StructureError(f"{folder} has {len(left)} places to prune, the model {len(sites)}: they differ in layers")
     for site in sites:
-        if left.get(site.name, 0) > site.units:
+        if left[site.name] > site.units:
             raise StructureError(
                 f"{folder} has {left[site.name]} units in {site.name}, the model only {site.units}; start from the unpruned model"
             )

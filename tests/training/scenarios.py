@@ -1,28 +1,34 @@
-"""Small runs that several tests share; also started with torchrun as a script, one scenario a process group."""
+"""Small runs that several tests share; also started with torchrun as a script, which runs a list of jobs."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import hfcompress.training.pruning
 from hfcompress.config import Recipe
-from hfcompress.training import CompressionTrainer
+from hfcompress.training import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer
 from tests.families import IMAGE_FAMILIES, make_model
 
 LABELS = 3
 
 
 class Examples(Dataset):
-    """Random examples of a task; texts of unequal length, padded at the end to the longest."""
+    """Random examples of a task; texts of unequal length, padded at the end to the longest.
 
-    def __init__(self, family: str, task: str, n: int = 16, *, labelled: bool = True) -> None:
+    With `silent`, every second group of four has no label that counts.
+    """
+
+    def __init__(self, family: str, task: str, n: int = 16, *, labelled: bool = True, silent: bool = False) -> None:
         self.rows = []
         for number in range(n):
             generator = torch.Generator().manual_seed(number)
@@ -43,6 +49,8 @@ class Examples(Dataset):
                     row["labels"] = torch.where(mask.bool(), ids % LABELS, -100)
                 else:
                     row["labels"] = torch.where(mask.bool(), ids, -100)
+            if silent and number // 4 % 2:
+                row["labels"] = torch.full_like(row["labels"], -100)
             if not labelled:
                 row.pop("labels")
             self.rows.append(row)
@@ -51,7 +59,11 @@ class Examples(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.rows[index]
+        return dict(self.rows[index])
+
+    def batch(self, *indices: int) -> dict[str, torch.Tensor]:
+        """Chosen examples as a collator puts them together."""
+        return {name: torch.stack([self.rows[i][name] for i in indices]) for name in self.rows[0]}
 
 
 AUTO = {
@@ -62,7 +74,7 @@ AUTO = {
 }
 
 
-def build(family: str, task: str, *, seed: int, dropout: float = 0.0, **changes: Any) -> torch.nn.Module:
+def build(family: str, task: str, *, seed: int, dropout: float = 0.0, **changes: Any) -> Any:
     names = {
         "distilbert": ("dropout", "attention_dropout", "seq_classif_dropout"),
         "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"),
@@ -71,7 +83,7 @@ def build(family: str, task: str, *, seed: int, dropout: float = 0.0, **changes:
     if family not in ("llama", "qwen2", "qwen3", "mistral", "gemma"):
         changes = {**dict.fromkeys(names, dropout), **changes}
     if task in ("sequence", "token", "image"):
-        changes["num_labels"] = LABELS
+        changes = {"num_labels": LABELS, **changes}
     return make_model(family, AUTO[task], seed=seed, **changes)
 
 
@@ -93,70 +105,207 @@ def arguments(folder: Path | str, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**{**settings, **changes})
 
 
+def checkpointing(**settings: Any) -> dict[str, Any]:
+    """Arguments that recompute activations; their names changed from gradient_... to activation_... in 2026."""
+    name = "activation_checkpointing"
+    if name not in {field.name for field in dataclasses.fields(TrainingArguments)}:
+        name = "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": settings}
+
+
 def recipe(
-    *, cut: str = "gradual", sparsity: float = 0.5, hidden: float = 0.5, criterion: str = "first_order"
+    *,
+    cut: str = "gradual",
+    sparsity: float = 0.5,
+    hidden: float = 0.5,
+    criterion: str = "first_order",
+    distill: dict[str, Any] | None = None,
+    prune: dict[str, Any] | None = None,
+    parts: tuple[str, ...] = ("distill", "prune"),
 ) -> Recipe:
-    return Recipe.from_dict(
-        {
-            "distill": {"hidden": {"weight": hidden}},
-            "prune": {
-                "target": {"sparsity": sparsity},
-                "criterion": criterion,
-                "multiple_of": {"neurons": 4},
-                "at_least": {"neurons": 4},
-                "schedule": {"start": 0.1, "end": 0.7, "updates": 3},
-                "cut": cut,
-            },
-        }
-    )
+    sections = {
+        "distill": {"hidden": {"weight": hidden}, **(distill or {})},
+        "prune": {
+            "target": {"sparsity": sparsity},
+            "criterion": criterion,
+            "multiple_of": {"neurons": 4},
+            "at_least": {"neurons": 4},
+            "schedule": {"start": 0.1, "end": 0.7, "updates": 3},
+            "cut": cut,
+            **(prune or {}),
+        },
+    }
+    return Recipe.from_dict({part: sections[part] for part in parts})
 
 
-def compress(
-    folder: Path | str, *, family: str = "bert", task: str = "sequence", resume: str | None = None, **options: Any
-) -> tuple[CompressionTrainer, torch.nn.Module]:
-    """One run of CompressionTrainer; options of `arguments`, and cut, dropout, n, sparsity, criterion, hidden."""
-    dropout, n = options.pop("dropout", 0.0), options.pop("n", 16)
-    chosen = recipe(**{key: options.pop(key) for key in ("cut", "sparsity", "hidden", "criterion") if key in options})
-    data = Examples(family, task, n)
-    model = build(family, task, seed=0, dropout=dropout)
-    trainer = CompressionTrainer(
-        model=model,
-        teacher=build(family, task, seed=7),
-        recipe=chosen,
-        args=arguments(folder, **options),
-        train_dataset=data,
-        eval_dataset=data,
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer, model
+RECIPE_OPTIONS = ("cut", "sparsity", "hidden", "criterion", "distill", "prune")
+PARTS: dict[type, tuple[str, ...]] = {
+    Trainer: (),
+    PlainTrainer: (),
+    DistillationTrainer: ("distill",),
+    PruningTrainer: ("prune",),
+    CompressionTrainer: ("distill", "prune"),
+}
+TRAINERS = {cls.__name__: cls for cls in PARTS}
+
+
+def make_trainer(
+    folder: Path | str,
+    *,
+    trainer: type[Trainer] | str = CompressionTrainer,
+    family: str = "bert",
+    task: str = "sequence",
+    model: Any = None,
+    data: Dataset | None = None,
+    teacher: Any = None,
+    given: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A trainer of any kind on a tiny model.
+
+    Options are those of `recipe`, `dropout`, `n`, `teacher_width` and everything that `arguments` takes; `given` goes to
+    the trainer as it is.
+    """
+    cls = TRAINERS[trainer] if isinstance(trainer, str) else trainer
+    dropout, n, width = options.pop("dropout", 0.0), options.pop("n", 16), options.pop("teacher_width", None)
+    settings = {key: options.pop(key) for key in RECIPE_OPTIONS if key in options}
+    given = dict(given or {})
+    parts = PARTS[next(known for known in cls.__mro__ if known in PARTS)]
+    if parts:
+        given.setdefault("recipe", recipe(parts=parts, **settings))
+    if "distill" in parts:
+        wider = {"hidden_size": width} if width is not None else {}
+        given["teacher"] = teacher if teacher is not None else build(family, task, seed=7, **wider)
+    if "model_init" not in given:
+        given["model"] = model if model is not None else build(family, task, seed=0, dropout=dropout)
+    data = data if data is not None else Examples(family, task, n)
+    given = {"train_dataset": data, "eval_dataset": data, "args": arguments(folder, **options), **given}
+    return cls(**given)
+
+
+def compress(folder: Path | str, *, resume: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
+    """One run of CompressionTrainer (or what `make_trainer` is told); the trainer and its model."""
+    trainer = make_trainer(folder, **options)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer, trainer.accelerator.unwrap_model(trainer.model)
 
 
 def vector(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def main() -> None:
-    """`torchrun scenarios.py FOLDER JSON`: train, compare the ranks, and write down what came out."""
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    transformers.logging.set_verbosity_error()
-    trainer, model = compress(folder, **options)
-    mine = vector(model)
-    everyones = [torch.zeros_like(mine) for _ in range(trainer.args.world_size)]
-    torch.distributed.all_gather(everyones, mine)
+class Gradients(TrainerCallback):
+    """Keeps a copy of the gradients that each optimizer step sees (all of them are averaged over processes by then)."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        named = model.named_parameters()
+        self.steps.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
+
+
+GRADIENT_CASES = {
+    "bert-sequence": ("bert", "sequence"),
+    "roberta-sequence": ("roberta", "sequence"),
+    "distilbert-sequence": ("distilbert", "sequence"),
+    "bert-token": ("bert", "token"),
+    "gpt2-causal": ("gpt2", "causal"),
+    "llama-causal": ("llama", "causal"),
+    "vit-image": ("vit", "image"),
+}
+GRADIENT_TRAINERS = ("PlainTrainer", "DistillationTrainer", "PruningTrainer")
+# The pruned runs have been cut when their first step begins.
+AT_ONCE = {"criterion": "magnitude", "prune": {"schedule": {"name": "constant", "start": 0.0}}}
+
+
+def gradients(
+    folder: Path | str, *, case: str, trainer: str, silent: bool = False, batch: int = 8, **options: Any
+) -> dict[str, torch.Tensor]:
+    """The gradients of the first optimizer step over the same eight examples, in batches of 8 or accumulated."""
+    family, task = GRADIENT_CASES[case]
+    settings = {
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": batch,
+        "data": Examples(family, task, 8, silent=silent),
+    }
+    captured = Gradients()
+    run = make_trainer(
+        folder,
+        family=family,
+        task=task,
+        trainer=trainer,
+        given={"callbacks": [captured]},
+        **{**settings, **AT_ONCE, **options},
+    )
+    run.train()
+    assert len(captured.steps) == 1
+    return captured.steps[0]
+
+
+def same_everywhere(tensor: torch.Tensor) -> bool:
+    """Whether all processes hold the same values; a tensor of another length is another tensor."""
+    everyones: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, tensor)
+    return all(other.shape == tensor.shape and torch.equal(other, tensor) for other in everyones)
+
+
+def run_job(folder: Path, job: dict[str, Any]) -> None:
+    """One run on all processes; rank 0 writes `facts.json` and tensors beside it."""
+    job = dict(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    if job.pop("do", "compress") == "gradients":
+        found = gradients(folder, **job)
+        if torch.distributed.get_rank() == 0:
+            safetensors.torch.save_file(found, folder / "gradients.safetensors")
+        torch.distributed.barrier()
+        return
+    if (resume := job.pop("resume_job", None)) is not None:
+        job["resume"] = folder.parent / resume
+    keep_reducer = job.pop("keep_reducer", False)
+    rebuild = hfcompress.training.pruning.rebuild_reducer
+    if keep_reducer:
+        hfcompress.training.pruning.rebuild_reducer = lambda wrapped: None
+    try:
+        trainer, model = compress(folder, **job)
+    finally:
+        hfcompress.training.pruning.rebuild_reducer = rebuild
+    facts = {
+        "world": trainer.args.world_size,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "same_weights": same_everywhere(vector(model)),
+        "units": (getattr(model.config, "hfcompress", None) or {}).get("units"),
+        "log": trainer.state.log_history,
+        "in_optimizer": sum(len(group["params"]) for group in trainer.optimizer.param_groups),
+    }
+    if hasattr(trainer, "_projections"):
+        projections = trainer._projections
+        facts["same_projections"] = len(projections) == 0 or same_everywhere(vector(projections))
+        facts["projections"] = len(projections)
+        teacher = trainer.teacher.model
+        facts["teacher"] = {"type": type(teacher).__name__, "training": teacher.training}
+        facts["same_teacher"] = same_everywhere(vector(teacher))
+        if trainer.is_world_process_zero():
+            state = {name: value.contiguous() for name, value in projections.state_dict().items()}
+            safetensors.torch.save_file(state, folder / "projections.safetensors")
+    facts["eval"] = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(folder / "final"))
     if trainer.is_world_process_zero():
-        torch.distributed.barrier()
-        facts = {
-            "world": trainer.args.world_size,
-            "wrapper": type(trainer.model_wrapped).__name__,
-            "same_weights": all(torch.equal(other, mine) for other in everyones),
-            "units": model.config.hfcompress.get("units"),
-            "weights": mine.tolist(),
-            "eval": trainer.state.log_history[-1],
-        }
+        safetensors.torch.save_file({"weights": vector(model)}, folder / "weights.safetensors")
         (folder / "facts.json").write_text(json.dumps(facts))
-    else:
-        torch.distributed.barrier()
+    torch.distributed.barrier()
+
+
+def main() -> None:
+    """`python -m torch.distributed.run … -m tests.training.scenarios FOLDER JOBS`; jobs are JSON: name to options."""
+    folder, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    for name, job in jobs.items():
+        run_job(folder / name, job)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""TrainingArguments from the `train` section of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from hfcompress.config import RecipeError
+
+
+def training_arguments(
+    output: str | Path, settings: dict[str, Any], *, seed: int, section: str = "train"
+) -> TrainingArguments:
+    """Training arguments for one stage of a run.
+
+    What the recipe does not say is as in transformers, but: nothing is reported anywhere unless asked (`report_to`), and
+    without a GPU the CPU is used, also by several processes.
+
+    Args:
+        output: Folder for checkpoints.
+        settings: Fields of `TrainingArguments`.
+        seed: Of data order, dropout and initialisation.
+        section: Name of the recipe's section, for error messages.
+
+    Raises:
+        RecipeError: A field does not exist or its value is not allowed; one line.
+
+    Example:
+        >>> training_arguments("out", {"max_steps": 5}, seed=1).max_steps
+        5
+        >>> training_arguments("out", {"learnin_rate": 5}, seed=1)
+        Traceback (most recent call last):
+        ...
+        hfcompress.config.RecipeError: train.learnin_rate is not a training argument; did you mean learning_rate?
+    """
+    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key in settings:
+        if key not in fields:
+            close = difflib.get_close_matches(key, sorted(fields), n=1)
+            hint = f"; did you mean {close[0]}?" if close else "; see transformers.TrainingArguments"
+            raise RecipeError(f"{section}.{key} is not a training argument{hint}")
+    defaults: dict[str, Any] = {"report_to": "none"}
+    if not torch.accelerator.is_available():
+        defaults |= {"use_cpu": True, "dataloader_pin_memory": False}
+    try:
+        return TrainingArguments(str(output), seed=seed, **{**defaults, **settings})
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"{section}: {' '.join(str(error).split())}") from error

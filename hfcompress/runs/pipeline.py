@@ -1,0 +1,334 @@
+"""A recipe from beginning to end: teacher, student, quantized variants, measurement, cards, push.
+
+Each stage writes its folder and leaves a mark; started again, a run goes on where it was. Training may use several processes;
+what comes after is done by the first alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from hfcompress.checkpoints.io import load
+from hfcompress.config import DataConfig, ModelConfig, Recipe, RecipeError, TeacherConfig
+from hfcompress.hub import push_folder, save_probe, verify_folder, write_card
+from hfcompress.hub.card import RESULTS_FILE, read_results
+from hfcompress.hub.verify import VerificationError
+from hfcompress.measurement import provenance
+from hfcompress.quantization import quantize
+from hfcompress.runs.arguments import training_arguments
+from hfcompress.runs.processors import copy_processor
+from hfcompress.tasks import PreparedTask, prepare
+from hfcompress.training import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.yaml"
+TEACHER, STUDENT = "teacher", "student"
+_DONE = "done.json"
+
+
+class Run:
+    """One run of a recipe in its folder.
+
+    Args:
+        recipe: With `task`, `data`, `output`, and `model` or `teacher`.
+        command: What was typed, for the card.
+        restart: Throw away what an earlier run left in the folder.
+
+    Raises:
+        RecipeError: A section that the run needs is missing, or the folder holds a run of another recipe.
+    """
+
+    def __init__(self, recipe: Recipe, *, command: str, restart: bool = False) -> None:
+        self.recipe = recipe
+        self.command = command
+        self.data, self.task_name, self.output = self._require()
+        self.state = PartialState() if torch.accelerator.is_available() or not _several() else PartialState(cpu=True)
+        if self.state.is_main_process:
+            self._claim_output(restart)
+        self.state.wait_for_everyone()
+
+    def _require(self) -> tuple[DataConfig, str, Path]:
+        recipe = self.recipe
+        for section in ("task", "data", "output"):
+            if getattr(recipe, section) is None:
+                raise RecipeError(f"the recipe needs {section} to be run")
+        if recipe.model is None and (recipe.teacher is None or recipe.teacher.name is None):
+            raise RecipeError(
+                "the recipe needs model.name (to fine-tune and compress) or teacher.name (already fine-tuned)"
+            )
+        if recipe.distill is None and recipe.prune is None and recipe.quantize is None:
+            raise RecipeError("the recipe asks for nothing: add distill, prune or quantize")
+        assert recipe.data is not None and recipe.task is not None and recipe.output is not None
+        return recipe.data, recipe.task, Path(recipe.output)
+
+    def _claim_output(self, restart: bool) -> None:
+        path = self.output / RECIPE_FILE
+        if restart and path.is_file():
+            shutil.rmtree(self.output)
+        if path.is_file():
+            if path.read_text(encoding="utf-8") != self.recipe.to_yaml():
+                raise RecipeError(
+                    f"{self.output} holds a run of another recipe ({path}); give another output, or start anew with --restart"
+                )
+        elif self.output.is_dir() and any(self.output.iterdir()):
+            raise RecipeError(f"{self.output} is not empty and holds no run; give another output")
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.recipe.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"{self.output} cannot be written: {error.strerror}") from None
+
+    # ---- stages ----
+
+    def run(self) -> list[dict[str, Any]] | None:
+        """All stages. Returns the rows of the table on the main process, None on the others."""
+        task = self.prepare()
+        teacher = self.make_teacher(task)
+        if self.recipe.distill is not None or self.recipe.prune is not None:
+            self.make_student(task, teacher)
+            models = {TEACHER: self._teacher_folder(), "student": self.output / STUDENT}
+        else:
+            models = {TEACHER: self._teacher_folder()}
+        self.state.wait_for_everyone()
+        if not self.state.is_main_process:
+            return None
+        name = "pruned" if self.recipe.prune is not None else "distilled"
+        models = {name if key == "student" else key: folder for key, folder in models.items()}
+        models |= self.make_quantized(next(reversed(models)), next(reversed(models.values())))
+        rows = self.measure(models)
+        self.write_cards(models, rows)
+        if self.recipe.push is not None:
+            self.push(models)
+        return rows
+
+    def prepare(self) -> PreparedTask:
+        """Read and encode the data."""
+        recipe = self.recipe
+        source = (
+            recipe.model
+            if recipe.model is not None
+            else ModelConfig(name=str((recipe.teacher or TeacherConfig()).name))
+        )
+        teacher_labels = None
+        if recipe.teacher is not None and recipe.teacher.name is not None and recipe.model is not None:
+            names = transformers.AutoConfig.from_pretrained(recipe.teacher.name).id2label
+            teacher_labels = [names[number] for number in sorted(names)]
+        return prepare(
+            self.data,
+            task=self.task_name,
+            model_name=source.name,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            seed=recipe.seed,
+            must_match=recipe.model is None,
+            label_names=teacher_labels,
+            main_first=self.state.main_process_first,
+        )
+
+    def _teacher_folder(self) -> Path:
+        named = self.recipe.teacher.name if self.recipe.teacher is not None else None
+        return Path(named) if named is not None and Path(named).is_dir() else self.output / TEACHER
+
+    def make_teacher(self, task: PreparedTask) -> nn.Module:
+        """The fine-tuned model to learn from: loaded if the recipe names one, else trained."""
+        named = self.recipe.teacher.name if self.recipe.teacher is not None else None
+        folder = self.output / TEACHER
+        cls = getattr(transformers, task.auto_class)
+        if named is not None:
+            teacher = cls.from_pretrained(named, dtype=torch.float32)
+            if not Path(named).is_dir() and self.state.is_main_process:
+                teacher.save_pretrained(folder)  # measured from disk like every other model
+            return teacher
+        if self._is_done(TEACHER):
+            logger.info("the teacher in %s is there already", folder)
+            return cls.from_pretrained(folder, dtype=torch.float32)
+        assert self.recipe.model is not None
+        self._say(f"Fine-tuning {self.recipe.model.name} as the teacher")
+        settings = {**self.recipe.train, **(self.recipe.teacher.train if self.recipe.teacher is not None else {})}
+        return self._train(
+            TEACHER, task, lambda args, common: PlainTrainer(model=self._start(task), args=args, **common), settings
+        )
+
+    def _start(self, task: PreparedTask) -> nn.Module:
+        """The recipe's model with the task's head."""
+        assert self.recipe.model is not None
+        transformers.set_seed(self.recipe.seed)  # the head is initialised at random
+        return getattr(transformers, task.auto_class).from_pretrained(
+            self.recipe.model.name,
+            revision=self.recipe.model.revision,
+            trust_remote_code=self.recipe.model.trust_remote_code,
+            dtype=torch.float32,
+            **task.model_kwargs,
+        )
+
+    def make_student(self, task: PreparedTask, teacher: nn.Module) -> nn.Module:
+        """The compressed model: starts from the teacher's weights, or from the recipe's model if both are named."""
+        folder = self.output / STUDENT
+        if self._is_done(STUDENT):
+            logger.info("the student in %s is there already", folder)
+            return load(folder)
+        recipe = self.recipe
+        both = recipe.model is not None and recipe.teacher is not None and recipe.teacher.name is not None
+        doing = [
+            word for word, section in (("pruning", recipe.prune), ("distilling", recipe.distill)) if section is not None
+        ]
+        self._say(f"{' and '.join(doing).capitalize()} the student")
+
+        def make(args: Any, common: dict[str, Any]) -> Any:
+            student = self._start(task) if both else copy.deepcopy(teacher)
+            if recipe.prune is None:
+                return DistillationTrainer(model=student, teacher=teacher, recipe=recipe, args=args, **common)
+            if recipe.distill is None:
+                return PruningTrainer(model=student, recipe=recipe, args=args, **common)
+            return CompressionTrainer(model=student, teacher=teacher, recipe=recipe, args=args, **common)
+
+        return self._train(STUDENT, task, make, recipe.train)
+
+    def _train(
+        self, name: str, task: PreparedTask, make: Callable[[Any, dict[str, Any]], Any], settings: dict[str, Any]
+    ) -> nn.Module:
+        """Train one model, going on from its last checkpoint if there is one, and save it."""
+        checkpoints = self.output / f"{name}-checkpoints"
+        section = "train" if name == STUDENT else "teacher.train"
+        args = training_arguments(checkpoints, settings, seed=self.recipe.seed, section=section)
+        common = {
+            "train_dataset": task.train_dataset,
+            "eval_dataset": task.eval_dataset,
+            "processing_class": task.processing_class,
+            "data_collator": task.data_collator,
+            "compute_metrics": task.compute_metrics,
+        }
+        trainer = make(args, common)
+        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        if last is not None:
+            self._say(f"Going on from {last}")
+        trainer.train(resume_from_checkpoint=last)
+        trainer.save_model(str(self.output / name))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if self.state.is_main_process:
+            save_probe(model, self.output / name)
+            self._mark_done(name)
+        self.state.wait_for_everyone()
+        return model
+
+    def make_quantized(self, name: str, folder: Path) -> dict[str, Path]:
+        """The variants that the recipe asks for, each in a folder of its own."""
+        config = self.recipe.quantize
+        if config is None:
+            return {}
+        variants = {}
+        for preset in config.presets:
+            target = self.output / f"{folder.name if folder.name != TEACHER else STUDENT}-{preset}"
+            if not self._is_done(target.name):
+                self._say(f"Quantizing with {preset}")
+                model = quantize(folder, preset, skip=config.skip, dtype=config.dtype)
+                model.save_pretrained(target)  # type: ignore[operator]
+                save_probe(model, target)
+                copy_processor(folder, target)
+                self._mark_done(target.name)
+            variants[f"{name} + {preset}"] = target
+        return variants
+
+    def measure(self, models: dict[str, Path]) -> list[dict[str, Any]]:
+        """Load everything that was saved in a fresh process, score and time it there."""
+        self._say("Loading everything again in a fresh process, scoring and timing it")
+        environment = {key: value for key, value in os.environ.items() if key not in _GROUP}
+        # What the training left to the child would slow it down or change its threads.
+        arguments = [sys.executable, "-m", "hfcompress.runs.measure_saved", str(self.output)]
+        arguments += [f"{name}={folder}" for name, folder in models.items()]
+        done = subprocess.run(arguments, env=environment, check=False)
+        if done.returncode:
+            raise RuntimeError(f"what was saved in {self.output} could not be measured in a fresh process (see above)")
+        return read_results(self.output)["rows"]
+
+    def write_cards(self, models: dict[str, Path], rows: list[dict[str, Any]]) -> None:
+        """Check that each new folder loads by every way, and write its card."""
+        self._say("Checking that each folder loads by every way its card names")
+        results = read_results(self.output)
+        base = self.recipe.model.base_model if self.recipe.model is not None else None
+        for folder in models.values():
+            if folder.parent != self.output or folder.name == TEACHER:
+                continue
+            checks = verify_folder(folder)
+            failed = [check for check in checks if not check.ok]
+            if failed:
+                raise VerificationError(f"{folder} does not load through {failed[0].route}: {failed[0].error}")
+            mine = [{**row, "folder": "." if row["folder"] == folder.name else row["folder"]} for row in rows]
+            own = {
+                **results,
+                "rows": mine,
+                "name": f"{self.output.resolve().name}-{folder.name}",
+                "command": self.command,
+            }
+            own["base_model"] = base
+            (folder / RESULTS_FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+            write_card(folder, base_model=base, checks=checks)
+
+    def push(self, models: dict[str, Path]) -> None:
+        """Push the student, and each variant to a repository of its own."""
+        assert self.recipe.push is not None
+        for folder in models.values():
+            if folder.parent == self.output and folder.name != TEACHER:
+                repo = self.recipe.push.repo + folder.name.removeprefix(STUDENT)
+                commit = push_folder(folder, repo, private=self.recipe.push.private, revision=self.recipe.push.revision)
+                self._say(f"Pushed {folder} to {commit.repo_url}")
+
+    # ---- marks ----
+
+    def _is_done(self, name: str) -> bool:
+        return (self.output / f".{name}.{_DONE}").is_file()
+
+    def _mark_done(self, name: str) -> None:
+        digest = hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest()
+        (self.output / f".{name}.{_DONE}").write_text(json.dumps({"recipe_sha256": digest}), encoding="utf-8")
+
+    def _say(self, text: str) -> None:
+        if self.state.is_main_process:
+            sys.stderr.write(f"\n== {text}\n")
+            sys.stderr.flush()
+
+
+_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def run_recipe(recipe: Recipe, *, command: str, restart: bool = False) -> list[dict[str, Any]] | None:
+    """Run a recipe from beginning to end; see `Run`."""
+    return Run(recipe, command=command, restart=restart).run()
+
+
+def results_of(recipe: Recipe, task: PreparedTask, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of `results.json`."""
+    assert recipe.data is not None
+    name = recipe.data.name or Path(str(recipe.data.train)).name
+    return {
+        "rows": rows,
+        "task": recipe.task,
+        "data": {
+            "name": name,
+            "train_n": len(task.train_dataset),
+            "eval_n": len(task.eval_dataset),
+            "fingerprint": task.fingerprint,
+        },
+        **provenance(seed=recipe.seed),
+    }
