@@ -7,6 +7,7 @@ and the nearest right name.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -401,7 +402,7 @@ class Recipe(Section):
             RecipeError: One line: the file cannot be read, is not YAML, or says something not allowed.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = _read_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
         except UnicodeDecodeError:
@@ -423,6 +424,19 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(exclude_unset=True), sort_keys=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 5e-5 is a number (version 1.2), not a word (version 1.1)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
 def _override(values: Any, text: str, *, source: str) -> None:
     """Set one dotted key of plain data in place."""
     key, equals, value = (part.strip() for part in text.partition("="))
@@ -434,11 +448,13 @@ def _override(values: Any, text: str, *, source: str) -> None:
     for parent in parents:
         if not isinstance(values, dict):
             break
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:  # an empty section in YAML is None
+            values[parent] = {}
+        values = values[parent]
     if not isinstance(values, dict):
         raise RecipeError(f"{source}: {key}: a part of this key is not a section, so nothing below it can be set")
     try:
-        values[last] = yaml.safe_load(value)
+        values[last] = _read_yaml(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(f"{source}: {key}: {_shown(value)} is not valid YAML") from None
 

@@ -403,7 +403,6 @@ def test_overrides(recipe_file, overrides, path, expected):
         ("seed=" + "[" * 3000, r"seed: '\[+\.\.\. is not valid YAML"),
         ("seed.x=1", r"seed\.x: a part of this key is not a section"),
         ("seed.x.y=1", r"seed\.x\.y: a part of this key is not a section"),
-        ("distill.task.weight=1", r"distill\.task\.weight: a part of this key is not a section"),
         ("prune.target.sparsity=2", r"prune\.target\.sparsity: 2 is not allowed: .*less than 1"),
         (
             "prune.target.sparcity=0.2",
@@ -420,6 +419,17 @@ def test_overrides(recipe_file, overrides, path, expected):
 def test_overrides_that_are_refused(recipe_file, override, message):
     said = file_refusal(recipe_file, overrides=[override])
     assert re.match(message, said), said
+
+
+def test_overrides_below_an_empty_section(tmp_path):
+    (tmp_path / "x.yaml").write_text("distill:\n")
+    assert Recipe.from_yaml(tmp_path / "x.yaml", overrides=["distill.task.weight=0.25"]).distill.task.weight == 0.25
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path):
+    (tmp_path / "x.yaml").write_text("train: {learning_rate: 5e-5}")
+    recipe = Recipe.from_yaml(tmp_path / "x.yaml", overrides=["train.weight_decay=1E-2"])
+    assert recipe.train == {"learning_rate": 0.00005, "weight_decay": 0.01}
 
 
 def test_overrides_of_what_is_no_mapping(tmp_path):

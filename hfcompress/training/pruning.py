@@ -53,9 +53,15 @@ class PruningMixin(ExactTrainerMixin):
                 "gradual pruning changes the shapes of parameters, which FSDP and DeepSpeed hold in shards; "
                 "use plain data parallelism (configs/accelerate/ddp.yaml), or distil and quantize only"
             )
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "a model with adapters cannot be pruned: their shapes follow the frozen model's; "
+                "prune first and add adapters afterwards, or merge them before (merge_and_unload)"
+            )
         distributed = self.args.world_size > 1
         self.pruner = Pruner(
-            self.accelerator.unwrap_model(self.model),
+            model,
             self.prune,
             total_steps=max(self.state.max_steps, 1),
             seed=self.args.seed,
