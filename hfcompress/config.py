@@ -217,6 +217,7 @@ class DataConfig(Section):
     Attributes:
         name: A dataset on the Hub, or None when files are given.
         config: Its configuration, e.g. "sst2" of "nyu-mll/glue".
+        title: What the card calls the data; by default the name, or that of the file.
         train: A local csv, tsv, json, jsonl or parquet file, an image folder, or the name of a Hub split.
         eval: The same for evaluation; without it a share of the training data is held out.
         text: Column or two columns of text; found by itself when there is no doubt.
@@ -231,6 +232,7 @@ class DataConfig(Section):
 
     name: str | None = None
     config: str | None = None
+    title: str | None = None
     train: str | None = None
     eval: str | None = None
     text: str | list[str] | None = None

@@ -6,6 +6,8 @@
 * bitsandbytes: on CPUs with AVX512-BF16, version 0.50 repacks 4-bit weights in place in the first forward pass in eval
   mode. That corrupts what is saved afterwards, breaks adapters, and fails for widths that are no multiple of 32 (output)
   or 64 (input), which pruned layers have. The repacking is switched off.
+* bitsandbytes: on any CPU, version 0.50 reads 4-bit weights wrong, without an error, where the input width is even and no
+  multiple of the block size (64), which pruned layers have. They are read as one long row instead, which is right.
 """
 
 from __future__ import annotations
@@ -85,6 +87,31 @@ def _save_with_record(original: Any) -> Any:
 
 
 def patch_bitsandbytes(module: ModuleType) -> None:
-    """Switch the repacking of 4-bit weights off, in place; a no-op for versions that do not repack."""
+    """Switch the repacking of 4-bit weights off and read weights of any width right, in place; a no-op where not needed.
+
+    The source of this function travels with 4-bit checkpoints, so it uses nothing from outside.
+    """
+    import copy
+    import functools
+
+    import bitsandbytes.functional as functional
+
     if hasattr(module, "has_avx512bf16"):
         setattr(module, "has_avx512bf16", lambda: False)  # noqa: B010
+    original = functional.dequantize_4bit
+    if getattr(original, "hfcompress", False):
+        return
+
+    @functools.wraps(original)
+    def dequantize_4bit(A, quant_state=None, absmax=None, out=None, **kwargs):  # type: ignore[no-untyped-def]
+        shape = () if quant_state is None else tuple(quant_state.shape)
+        if A.device.type != "cpu" or out is not None or len(shape) < 2 or shape[-1] % quant_state.blocksize == 0:
+            return original(A, quant_state, absmax, out, **kwargs)
+        # Blocks run on from row to row; the CPU kernel starts a new one in each. As one long row they agree.
+        flat = copy.copy(quant_state)
+        flat.shape = type(quant_state.shape)([quant_state.shape.numel()])
+        weight = original(A, flat, absmax, **kwargs).reshape(shape)
+        return weight.t() if A.shape[0] == 1 else weight
+
+    dequantize_4bit.hfcompress = True  # type: ignore[attr-defined]
+    functional.dequantize_4bit = dequantize_4bit

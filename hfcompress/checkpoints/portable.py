@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hfcompress.anatomy import Site, StructureError, family_of, find_sites, sites, uniform_config
 from hfcompress.anatomy.sites import linear_features
+from hfcompress.checkpoints import hooks
 from hfcompress.checkpoints.record import read_units
 
 logger = logging.getLogger(__name__)
@@ -192,7 +193,8 @@ def modeling_source(model: nn.Module) -> str:
         raise StructureError("hfcompress/anatomy/sites.py must not import from hfcompress: it travels with checkpoints")
     names = sorted({type(model).__name__, type(_base(model)).__name__})
     classes = "\n\n".join(_CLASS.format(name=name) for name in names)
-    guard = _GUARD if getattr(model, "is_loaded_in_4bit", False) else ""
+    four_bits = getattr(model, "is_loaded_in_4bit", False)
+    guard = _GUARD.format(patch=inspect.getsource(hooks.patch_bitsandbytes)) if four_bits else ""
     return _HEADER + guard + body + f"\n\nFAMILY = {family_of(model)!r}\n\n\n" + classes
 
 
@@ -208,11 +210,14 @@ import transformers
 '''
 
 _GUARD = """
-# bitsandbytes 0.50 repacks 4-bit weights in place on some CPUs, which fails for the widths of pruned layers.
+# bitsandbytes 0.50 repacks 4-bit weights in place on some CPUs, which fails for the widths of pruned layers, and reads
+# weights of such widths wrong on all CPUs.
+{patch}
+
 try:
     import bitsandbytes.nn.modules as _modules
 
-    _modules.has_avx512bf16 = lambda: False
+    patch_bitsandbytes(_modules)
 except ImportError:
     pass
 """

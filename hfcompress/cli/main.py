@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hfcompress
 
@@ -24,9 +24,16 @@ Each command explains itself: hfcompress COMMAND --help. HFCOMPRESS_DEBUG=1 show
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; how to do it right is a --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hfcompress",
         description="Compress Hugging Face transformers: distil, prune, quantize, measure, push.",
         epilog=_EPILOG,
@@ -161,10 +168,9 @@ def _add(commands: Any, name: str, function: Callable[..., int], text: str, epil
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not allowed: must be 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: must be a whole number of 1 or more")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,6 +200,7 @@ def _quiet() -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if "RANK" not in os.environ or os.environ["RANK"] == "0":
         return
     logging.getLogger("hfcompress").setLevel(logging.ERROR)
@@ -225,17 +232,13 @@ def _measure(options: argparse.Namespace) -> int:
 
     from huggingface_hub import snapshot_download
 
-    from hfcompress.config import MeasureConfig
+    from hfcompress.config import Recipe
     from hfcompress.runs import format_rows
     from hfcompress.runs.evaluation import measure_folders
 
-    config = MeasureConfig(
-        batch=options.batch,
-        length=options.length,
-        threads=options.threads,
-        rounds=options.rounds,
-        device=options.device,
-    )
+    names = ("batch", "length", "threads", "rounds", "device")
+    settings = {name: getattr(options, name) for name in names}
+    config = Recipe.from_dict({"measure": settings}, source="hfcompress measure").measure
     folders = {}
     for model in options.models:
         folders[model] = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
@@ -278,7 +281,8 @@ def _inspect(options: argparse.Namespace) -> int:
             print(f"{kind}: {left:,} of {before:,} ({left / max(before, 1):.0%})")
     if options.picture:
         save_layers_picture(units, options.picture)
-        print(f"drawn in {options.picture}")
+        if not options.json:
+            print(f"drawn in {options.picture}")
     return 0
 
 

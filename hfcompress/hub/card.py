@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def write_card(
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
     results = read_results(folder)
-    steps, units = read_steps(config), read_units(config) or _units_of_steps(read_steps(config))
+    steps = [step for step in read_steps(config) if isinstance(step.get("step"), str)]
+    units = read_units(config) or _units_of_steps(steps)
     if units:
         save_layers_picture(units, folder / PICTURE_FILE)
     name = (repo_id or results.get("name") or folder.resolve().name).rpartition("/")[2]
@@ -86,10 +88,10 @@ def write_card(
             f"{check.route} {check.difference:.1g}" for check in checks or [] if check.difference is not None
         ),
         base_model=_repository(base_model) or "not said",
-        teacher=next((s["teacher"] for s in reversed(steps) if s["step"] == "distill"), "none"),
+        teacher=next((_public(s.get("teacher")) for s in reversed(steps) if s["step"] == "distill"), "none"),
         data=_data(results),
         scores=", ".join(f"{name} {value:.4g}" for name, value in (scores or {}).items()),
-        command=results.get("command"),
+        command=_without_paths(results.get("command")),
         version=hfcompress.__version__,
         **_conditions(results),
     )
@@ -102,7 +104,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """The numbers that a run measured; empty if there are none.
 
     Raises:
-        ValueError: The file is not a JSON object with a list of rows.
+        ValueError: The file is not a JSON object with a list of rows, or a row lacks a number.
     """
     path = folder / RESULTS_FILE
     if not path.is_file():
@@ -113,6 +115,13 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON; measure the model again") from None
     if not isinstance(results, dict) or not isinstance(results.get("rows", []), list):
         raise ValueError(f"{path} must hold an object with a list of rows; measure the model again")
+    try:
+        for row in results.get("rows", []):
+            _row(row)
+        _conditions(results)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} lacks numbers that the card shows ({reason}); measure the model again") from None
     return results
 
 
@@ -130,6 +139,22 @@ def _pipeline(config: Any) -> str | None:
 def _repository(name: str | None) -> str | None:
     """A name that can be a repository; a path of this machine cannot, and stays out of the card."""
     return name if name and _REPOSITORY.fullmatch(name) and not Path(name).exists() else None
+
+
+def _public(name: Any) -> str:
+    """How a model is called in the card: its repository, or the last part of a path of this machine."""
+    return _repository(str(name or "")) or Path(str(name or "")).name or "not said"
+
+
+def _without_paths(command: str | None) -> str | None:
+    """A command line with the absolute paths of this machine shortened to their last part."""
+    if command is None:
+        return None
+    words = []
+    for word in shlex.split(command):
+        key, equals, value = word.rpartition("=")
+        words.append(f"{key}{equals}path/to/{Path(value).name}" if Path(value).is_absolute() else word)
+    return shlex.join(words)
 
 
 def _card_data(
@@ -177,10 +202,13 @@ def _summary(config: Any, steps: list[dict[str, Any]], units: dict[str, tuple[in
     done = [_WORDS[step["step"]] for step in steps if step["step"] in _WORDS]
     what = " and ".join(dict.fromkeys(done)) or "saved"
     text = f"A {config.model_type} model, {what} with hfcompress."
+    left = []
     for kind in ("heads", "neurons"):
         pairs = [pair for name, pair in units.items() if name.endswith(kind)]
         if pairs:
-            text += f" {sum(p[0] for p in pairs):,} of {sum(p[1] for p in pairs):,} {kind} are left in the layers that lost any."
+            left.append(f"{sum(p[0] for p in pairs):,} of {sum(p[1] for p in pairs):,} {kind}")
+    if left:
+        text += f" In the layers that were pruned, {' and '.join(left)} are left."
     return text
 
 
@@ -233,7 +261,15 @@ def _data(results: dict[str, Any]) -> str:
 
 
 def _describe(step: dict[str, Any]) -> str:
-    """One step of the record as a sentence."""
+    """One step of the record as a sentence; as it stands where it is none of ours."""
+    try:
+        return _sentence(step)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        details = {key: value for key, value in step.items() if key != "step"}
+        return f"{step['step']}: {json.dumps(details, sort_keys=True)}"
+
+
+def _sentence(step: dict[str, Any]) -> str:
     kind = step["step"]
     if kind == "distill":
         terms = [f"{n} (weight {step['settings'][n]['weight']})" for n in ("task", "logits", "hidden")]
@@ -243,7 +279,7 @@ def _describe(step: dict[str, Any]) -> str:
             if step["settings"][n]["weight"] > 0
         ]
         return (
-            f"Distilled from {step['teacher']} for {step['optimizer_steps']:,} steps: {', '.join(used)}; "
+            f"Distilled from {_public(step['teacher'])} for {step['optimizer_steps']:,} steps: {', '.join(used)}; "
             f"temperature {step['settings']['logits']['temperature']}."
         )
     if kind == "prune":
@@ -259,7 +295,7 @@ def _describe(step: dict[str, Any]) -> str:
             f"Quantized {step['layers']} linear layers with bitsandbytes ({step['preset']}); "
             f"left as they are: {', '.join(step['skipped']) or 'none'}; everything else in {step['dtype']}."
         )
-    return f"{kind}: {json.dumps({key: value for key, value in step.items() if key != 'step'}, sort_keys=True)}"
+    raise ValueError(f"{kind} is no step of ours")
 
 
 def _ways(folder: Path, config: Any, name: str) -> list[dict[str, str]]:

@@ -75,6 +75,7 @@ def save_layers_picture(units: Units, path: str | Path, *, title: str = "What is
         axes.set_yticks(rows, [layer.rpartition(".")[2] for layer in layers], fontsize=8)
         axes.invert_yaxis()
         axes.set_xlim(0, max(before for _, before in pairs) * 1.3 or 1)
+        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= max(before for _, before in pairs)])
         axes.set_xlabel(role)
         axes.set_ylabel("layer")
         axes.spines[["top", "right"]].set_visible(False)

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from hfcompress.hub.card import write_card
 from hfcompress.hub.verify import require_loadable
@@ -14,7 +14,7 @@ from hfcompress.hub.verify import require_loadable
 logger = logging.getLogger(__name__)
 
 # Pickles, training state and what starts with an underscore stay here.
-IGNORED = ["_*", "checkpoint-*", "*.bin", "*.pt", "*.pth", "*.pkl", "runs/**", "*.log", ".*"]
+IGNORED = ["_*", "checkpoint-*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "runs/**", "*.log", ".*"]
 
 
 class PushError(RuntimeError):
@@ -45,15 +45,18 @@ def push_folder(
 
     Raises:
         VerificationError: The folder does not load as its card would promise; nothing was pushed.
-        PushError: The Hub refused.
+        PushError: The Hub refused, or cannot be reached.
+        ValueError: `results.json` in the folder is not what a run writes; nothing was pushed.
         FileNotFoundError: There is no such folder.
     """
     folder = Path(folder)
     checks = require_loadable(folder)
+    write_card(folder, repo_id=repo, checks=checks)  # what cannot be carded must not leave an empty repository behind
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        write_card(folder, repo_id=repo_id, checks=checks)
+        if repo_id != repo:
+            write_card(folder, repo_id=repo_id, checks=checks)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
@@ -65,6 +68,8 @@ def push_folder(
         status = int(getattr(error.response, "status_code", 0))
         reason = _REASONS.get(status, f"it answered {status}: {_first_line(error)}")
         raise PushError(f"{repo} was not pushed: {reason}") from None
+    except (HTTPError, ConnectionError) as error:  # HTTPError: of the HTTP library that this release of the client uses
+        raise PushError(f"{repo} was not pushed: the Hub cannot be reached: {_first_line(error)}") from None
 
 
 _REASONS = {

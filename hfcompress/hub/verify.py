@@ -141,9 +141,13 @@ def _run_child(folder: Path, routes: list[str], timeout_s: float) -> list[RouteC
         settings = {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         arguments = [sys.executable, "-c", code, str(folder), json.dumps(routes), f"{scratch}/out.json"]
         environment = {k: v for k, v in os.environ.items() if k not in _PER_PROCESS} | settings
-        done = subprocess.run(
-            arguments, cwd=scratch, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        try:
+            done = subprocess.run(
+                arguments, cwd=scratch, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired:
+            reason = f"took longer than {timeout_s:g} s"
+            return [RouteCheck(route, False, None, tolerance, reason) for route in routes]
         path = Path(scratch) / "out.json"
         if not path.is_file():
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]

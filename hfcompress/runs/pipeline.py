@@ -81,7 +81,7 @@ class Run:
     def _claim_output(self, restart: bool) -> None:
         path = self.output / RECIPE_FILE
         if restart and path.is_file():
-            shutil.rmtree(self.output)
+            self._forget()
         if path.is_file():
             if path.read_text(encoding="utf-8") != self.recipe.to_yaml():
                 raise RecipeError(
@@ -94,6 +94,16 @@ class Run:
             path.write_text(self.recipe.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"{self.output} cannot be written: {error.strerror}") from None
+
+    def _forget(self) -> None:
+        """Remove what a run leaves in its folder, and nothing else that may be there."""
+        marks = list(self.output.glob(f".*.{_DONE}"))
+        names = {TEACHER, STUDENT, *(mark.name[1:].removesuffix(f".{_DONE}") for mark in marks)}
+        for name in sorted(names):
+            for folder in (self.output / name, self.output / f"{name}-checkpoints"):
+                shutil.rmtree(folder, ignore_errors=True)
+        for path in (*marks, self.output / RECIPE_FILE, self.output / RESULTS_FILE):
+            path.unlink(missing_ok=True)
 
     # ---- stages ----
 
@@ -155,16 +165,25 @@ class Run:
             teacher = cls.from_pretrained(named, dtype=torch.float32)
             if not Path(named).is_dir() and self.state.is_main_process:
                 teacher.save_pretrained(folder)  # measured from disk like every other model
+                copy_processor(named, folder)
             return teacher
+        assert self.recipe.model is not None
         if self._is_done(TEACHER):
             logger.info("the teacher in %s is there already", folder)
-            return cls.from_pretrained(folder, dtype=torch.float32)
-        assert self.recipe.model is not None
+            return self._named(cls.from_pretrained(folder, dtype=torch.float32))
         self._say(f"Fine-tuning {self.recipe.model.name} as the teacher")
         settings = {**self.recipe.train, **(self.recipe.teacher.train if self.recipe.teacher is not None else {})}
-        return self._train(
-            TEACHER, task, lambda args, common: PlainTrainer(model=self._start(task), args=args, **common), settings
-        )
+
+        def make(args: Any, common: dict[str, Any]) -> Any:
+            return PlainTrainer(model=self._start(task), args=args, **common)
+
+        return self._named(self._train(TEACHER, task, make, settings))
+
+    def _named(self, teacher: nn.Module) -> nn.Module:
+        """The fine-tuned teacher, under the name of what it was made from, for the record."""
+        assert self.recipe.model is not None
+        teacher.config._name_or_path = self.recipe.model.base_model or self.recipe.model.name  # type: ignore[union-attr]
+        return teacher
 
     def _start(self, task: PreparedTask) -> nn.Module:
         """The recipe's model with the task's head."""
@@ -320,7 +339,7 @@ def run_recipe(recipe: Recipe, *, command: str, restart: bool = False) -> list[d
 def results_of(recipe: Recipe, task: PreparedTask, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of `results.json`."""
     assert recipe.data is not None
-    name = recipe.data.name or Path(str(recipe.data.train)).name
+    name = recipe.data.title or recipe.data.name or Path(str(recipe.data.train)).name
     return {
         "rows": rows,
         "task": recipe.task,

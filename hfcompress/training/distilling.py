@@ -112,7 +112,9 @@ class DistillationMixin(ExactTrainerMixin):
         if self.distill.logits.weight > 0:
             terms["logits"] = self.distill.logits.weight * self._logits_loss(student, outputs, targets, inputs, counts)
         if self._layer_pairs:
-            terms["hidden"] = self.distill.hidden.weight * self._hidden_loss(ours, theirs, inputs, counts)
+            hidden = self.distill.hidden.weight * self._hidden_loss(ours, theirs, inputs, counts)
+            # Alone it does not reach the head, and DistributedDataParallel waits for the gradient of every output.
+            terms["hidden"] = hidden if terms else hidden + _nothing_of(outputs)
         return outputs, terms
 
     def _capture(self, model: nn.Module, *, side: int) -> contextlib.AbstractContextManager[dict[int, torch.Tensor]]:
@@ -275,6 +277,12 @@ class DistillationMixin(ExactTrainerMixin):
         )
 
 
+def _name_of(teacher: nn.Module) -> str:
+    """The teacher's repository, or the last part of its folder: paths of this machine do not belong in a record."""
+    name = str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__)  # type: ignore[union-attr]
+    return Path(name).name if Path(name).exists() else name
+
+
 class _ProjectionCallback(TrainerCallback):
     """Does for the projections what the training loop does for the model's parameters."""
 
@@ -306,6 +314,12 @@ def _with_decoder_inputs(student: PreTrainedModel, inputs: Mapping[str, Any]) ->
             "let the data collator add decoder_input_ids"
         )
     return {**inputs, "decoder_input_ids": prepare(labels=labels)}
+
+
+def _nothing_of(outputs: Any) -> Any:
+    """Zero, but with a gradient (of zeros) for every tensor that a model returned."""
+    found = outputs.values() if isinstance(outputs, Mapping) else outputs
+    return sum(0.0 * value.float().sum() for value in found if isinstance(value, torch.Tensor) and value.requires_grad)
 
 
 def _check_nothing_is_shared(student: nn.Module, teacher: nn.Module) -> None:
