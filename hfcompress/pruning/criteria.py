@@ -23,7 +23,7 @@ class Evidence:
 
     Attributes:
         model: The model, for its weights.
-        gate_gradients: Mean over optimizer steps of the absolute gradient of the loss with respect to each gate,
+        gate_gradients: Mean over optimizer steps of the squared gradient of the loss with respect to each gate,
             float32, shape (units,); None if none were collected.
         generator: Source of randomness, the same on every process.
     """
@@ -63,10 +63,12 @@ def magnitude(site: Site, evidence: Evidence) -> torch.Tensor:
 
 
 def first_order(site: Site, evidence: Evidence) -> torch.Tensor:
-    """First-order Taylor estimate of the change of the loss without each unit: |dL/dgate| at gate 1.
+    """First-order Taylor estimate of the squared change of the loss without each unit: (dL/dgate)^2 at gate 1.
 
-    Source: Michel et al. 2019, equation 5 (heads); Molchanov et al. 2019, equation 8 with gates. The absolute value is
-    taken per optimizer step, over the whole batch of all processes, and averaged over steps.
+    Source: Molchanov et al. 2019, equation 8, on the gates of section 3.2. The square is taken per optimizer step, over the
+    whole batch of all processes, and averaged over steps. Squares and not absolute values (Michel et al. 2019), because the
+    noise of a batch adds up in squares: a head with sixty times the weights of a neuron has about sixty times its square
+    but only eight times its absolute value, and would lose to the neuron once both are divided by their parameters.
 
     Raises:
         ValueError: No gradients were collected.

@@ -130,7 +130,7 @@ class Pruner:
         if self.done or self.config.criterion != "first_order":
             return
         gradients = {
-            name: g.abs() / scale
+            name: (g / scale).square()
             for name, g in gate_gradients(self.model, [site for site in self.sites if site.units]).items()
         }
         finite = torch.stack([g.sum() for g in gradients.values()]).isfinite().all()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -241,11 +242,27 @@ class Run:
         trainer.train(resume_from_checkpoint=last)
         trainer.save_model(str(self.output / name))
         model = trainer.accelerator.unwrap_model(trainer.model)
+        self._require_agreement(model)
         if self.state.is_main_process:
             save_probe(model, self.output / name)
             self._mark_done(name)
         self.state.wait_for_everyone()
         return model
+
+    def _require_agreement(self, model: nn.Module) -> None:
+        """Make sure that all processes ended with the same shapes and weights."""
+        if self.state.num_processes == 1:
+            return
+        digest = hashlib.sha256()
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digests = gather_object([digest.hexdigest()])
+        if len(set(digests)) > 1:
+            raise RuntimeError(
+                "the processes hold different weights after training; please report this with your recipe"
+            )
+        self._say(f"{len(digests)} processes hold the same plan and weights ({digests[0][:12]})")
 
     def make_quantized(self, name: str, folder: Path) -> dict[str, Path]:
         """The variants that the recipe asks for, each in a folder of its own."""

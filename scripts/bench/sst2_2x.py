@@ -45,8 +45,9 @@ RECIPE = {
         "hidden": {"weight": 0.5, "layers": "all"},
     },
     "prune": {
-        "target": {"sparsity": 0.58},
+        "target": {"sparsity": 0.56},
         "criterion": "first_order",
+        "scope": "site",
         "schedule": {"name": "polynomial", "power": 3, "start": 0.05, "end": 0.5, "updates": 20},
         "multiple_of": {"heads": 1, "neurons": 32},
     },

@@ -234,7 +234,7 @@ def test_importance_is_the_mean_absolute_gradient_of_gates(tmp_path: Path, famil
     assert len(gates.steps) == 3 and collected == [1.0, 2.0, 3.0]
     assert set(seen[2]) == {f"importance.{site}" for site in gates.steps[0]} and len(seen[2]) == 6
     for name in gates.steps[0]:
-        expected = torch.stack([step[name].abs() for step in gates.steps]).mean(0)
+        expected = torch.stack([step[name].square() for step in gates.steps]).mean(0)
         assert expected.max() > 1e-4
         torch.testing.assert_close(seen[2][f"importance.{name}"] / 3, expected, rtol=1e-4, atol=1e-8)
 
@@ -262,7 +262,7 @@ def test_earlier_intervals_count_half(tmp_path: Path) -> None:
     # Updates after steps 2 and 4: by then two steps count half and two count in full.
     assert last["facts"]["collected"] == 3.0
     for name in ("encoder.0.heads", "encoder.1.heads", "encoder.2.heads"):
-        steps = [step[name].abs() for step in gates.steps]
+        steps = [step[name].square() for step in gates.steps]
         expected = (steps[0] + steps[1]) / 2 + steps[2] + steps[3]
         torch.testing.assert_close(last["tensors"][f"importance.{name}"], expected, rtol=1e-4, atol=1e-7)
 
