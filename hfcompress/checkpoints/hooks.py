@@ -90,28 +90,46 @@ def patch_bitsandbytes(module: ModuleType) -> None:
     """Switch the repacking of 4-bit weights off and read weights of any width right, in place; a no-op where not needed.
 
     The source of this function travels with 4-bit checkpoints, so it uses nothing from outside.
+
+    Args:
+        module: `bitsandbytes.nn.modules`.
     """
     import copy
     import functools
+    import sys
 
-    import bitsandbytes.functional as functional
+    import bitsandbytes.autograd._functions as autograd
+    from bitsandbytes import functional
 
     if hasattr(module, "has_avx512bf16"):
         setattr(module, "has_avx512bf16", lambda: False)  # noqa: B010
-    original = functional.dequantize_4bit
-    if getattr(original, "hfcompress", False):
+    read, multiply = functional.dequantize_4bit, autograd.matmul_4bit
+    if getattr(read, "hfcompress", False):
         return
 
-    @functools.wraps(original)
+    def is_misread(tensor, state):  # type: ignore[no-untyped-def]
+        # Blocks run on from row to row; the CPU kernel starts a new one in each.
+        return tensor.device.type == "cpu" and len(state.shape) == 2 and state.shape[1] % state.blocksize != 0
+
+    @functools.wraps(read)
     def dequantize_4bit(A, quant_state=None, absmax=None, out=None, **kwargs):  # type: ignore[no-untyped-def]
-        shape = () if quant_state is None else tuple(quant_state.shape)
-        if A.device.type != "cpu" or out is not None or len(shape) < 2 or shape[-1] % quant_state.blocksize == 0:
-            return original(A, quant_state, absmax, out, **kwargs)
-        # Blocks run on from row to row; the CPU kernel starts a new one in each. As one long row they agree.
+        if quant_state is None or out is not None or not is_misread(A, quant_state):
+            return read(A, quant_state, absmax, out, **kwargs)
         flat = copy.copy(quant_state)
-        flat.shape = type(quant_state.shape)([quant_state.shape.numel()])
-        weight = original(A, flat, absmax, **kwargs).reshape(shape)
+        flat.shape = type(quant_state.shape)([quant_state.shape.numel()])  # one long row
+        weight = read(A.reshape(-1, 1), flat, **kwargs).reshape(quant_state.shape)
         return weight.t() if A.shape[0] == 1 else weight
 
+    @functools.wraps(multiply)
+    def matmul_4bit(A, B, quant_state, out=None, bias=None):  # type: ignore[no-untyped-def]
+        packed = getattr(quant_state, "packing_format_for_cpu", False)
+        if packed or not is_misread(A, quant_state) or A.shape[-1] != quant_state.shape[1]:
+            return multiply(A, B, quant_state, out=out, bias=bias)
+        weight = dequantize_4bit(B.detach().reshape(-1, 1), quant_state).to(A.dtype)
+        product = A @ weight.t() if bias is None else A @ weight.t() + bias
+        return product if out is None else out.copy_(product)
+
     dequantize_4bit.hfcompress = True  # type: ignore[attr-defined]
-    functional.dequantize_4bit = dequantize_4bit
+    functional.dequantize_4bit, autograd.matmul_4bit = dequantize_4bit, matmul_4bit
+    if hasattr(sys.modules["bitsandbytes"], "matmul_4bit"):
+        sys.modules["bitsandbytes"].matmul_4bit = matmul_4bit  # type: ignore[attr-defined]

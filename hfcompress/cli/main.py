@@ -231,6 +231,7 @@ def _measure(options: argparse.Namespace) -> int:
     import json
 
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     from hfcompress.config import Recipe
     from hfcompress.runs import format_rows
@@ -241,7 +242,10 @@ def _measure(options: argparse.Namespace) -> int:
     config = Recipe.from_dict({"measure": settings}, source="hfcompress measure").measure
     folders = {}
     for model in options.models:
-        folders[model] = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+        try:
+            folders[model] = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+        except (HfHubHTTPError, HFValidationError):
+            raise ValueError(f"{model} is neither a folder nor a repository on the Hub that you may see") from None
     rows = measure_folders(folders, None, config)
     print(json.dumps(rows, indent=2) if options.json else format_rows(rows))
     return 0

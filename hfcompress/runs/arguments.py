@@ -38,12 +38,13 @@ def training_arguments(
         ...
         hfcompress.config.RecipeError: train.learnin_rate is not a training argument; did you mean learning_rate?
     """
-    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    fields = {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}
     for key in settings:
         if key not in fields:
             close = difflib.get_close_matches(key, sorted(fields), n=1)
             hint = f"; did you mean {close[0]}?" if close else "; see transformers.TrainingArguments"
             raise RecipeError(f"{section}.{key} is not a training argument{hint}")
+    settings = {key: _value(f"{section}.{key}", value, fields[key]) for key, value in settings.items()}
     defaults: dict[str, Any] = {"report_to": "none"}
     if not torch.accelerator.is_available():
         defaults |= {"use_cpu": True, "dataloader_pin_memory": False}
@@ -51,3 +52,16 @@ def training_arguments(
         return TrainingArguments(str(output), seed=seed, **{**defaults, **settings})
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{section}: {' '.join(str(error).split())}") from error
+
+
+def _value(key: str, value: Any, kind: str) -> Any:
+    """A number where a number belongs: YAML reads 5e-5 (no point) as text, and transformers would take it as it is."""
+    if not isinstance(value, str) or "str" in kind or not any(word in kind for word in ("float", "int", "bool")):
+        return value
+    try:
+        if "float" in kind:
+            return float(value)
+    except ValueError:
+        raise RecipeError(f"{key} must be a number, got {value!r}") from None
+    wanted = "a whole number" if "int" in kind else "true or false"
+    raise RecipeError(f"{key} must be {wanted}, got {value!r}")

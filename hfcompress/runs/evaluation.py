@@ -104,7 +104,7 @@ def measure_folders(
             "parameters": count_parameters(model),
             "disk_bytes": disk_bytes(folders[name]),
             "memory_bytes": memory_bytes(model),
-            "flops": count_flops(model, inputs),
+            "flops_per_input": count_flops(model, inputs) // config.batch,
             "latency": whole[name].to_dict(),
             "layers_latency": layers[name].to_dict(),
         }

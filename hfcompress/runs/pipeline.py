@@ -81,14 +81,15 @@ class Run:
 
     def _claim_output(self, restart: bool) -> None:
         path = self.output / RECIPE_FILE
-        if restart and path.is_file():
+        restarted = restart and path.is_file()
+        if restarted:
             self._forget()
         if path.is_file():
             if path.read_text(encoding="utf-8") != self.recipe.to_yaml():
                 raise RecipeError(
                     f"{self.output} holds a run of another recipe ({path}); give another output, or start anew with --restart"
                 )
-        elif self.output.is_dir() and any(self.output.iterdir()):
+        elif not restarted and self.output.is_dir() and any(self.output.iterdir()):
             raise RecipeError(f"{self.output} is not empty and holds no run; give another output")
         try:
             self.output.mkdir(parents=True, exist_ok=True)

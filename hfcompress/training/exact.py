@@ -303,13 +303,12 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> list[Change]:
     if model_type != model.config.model_type:
         raise StructureError(f"{folder} holds a {model_type}, the model is a {model.config.model_type}")
     fresh = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-    changes = _match_shapes(model, fresh, folder)
-    weights, mine = fresh.state_dict(), model.state_dict()
-    for name in [*weights, *mine]:
-        shapes = [tuple(side[name].shape) if name in side else None for side in (weights, mine)]
-        if shapes[0] != shapes[1]:
-            raise StructureError(f"{folder} does not fit the model: {name} is {shapes[0]} there and {shapes[1]} here")
-    model.load_state_dict(weights)
+    changes = [] if _misfit(model, fresh) is None else _match_shapes(model, fresh, folder)
+    misfit = _misfit(model, fresh)
+    if misfit is not None:
+        name, here, there = misfit
+        raise StructureError(f"{folder} does not fit the model: {name} is {there} there and {here} here")
+    model.load_state_dict(fresh.state_dict())
     record = getattr(fresh.config, "hfcompress", None)
     if record is not None:
         model.config.hfcompress = {
@@ -317,6 +316,15 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> list[Change]:
             **({"units": model.config.hfcompress["units"]} if read_units(model.config) else {}),
         }
     return changes
+
+
+def _misfit(model: nn.Module, fresh: nn.Module) -> tuple[str, Any, Any] | None:
+    """The first name whose tensors differ in shape, with both shapes (None where there is no such tensor)."""
+    ours, theirs = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, fresh))
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            return name, ours.get(name), theirs.get(name)
+    return None
 
 
 def _match_shapes(model: PreTrainedModel, fresh: PreTrainedModel, folder: str | Path) -> list[Change]:
