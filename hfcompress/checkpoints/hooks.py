@@ -6,8 +6,9 @@
 * bitsandbytes: on CPUs with AVX512-BF16, version 0.50 repacks 4-bit weights in place in the first forward pass in eval
   mode. That corrupts what is saved afterwards, breaks adapters, and fails for widths that are no multiple of 32 (output)
   or 64 (input), which pruned layers have. The repacking is switched off.
-* bitsandbytes: on any CPU, version 0.50 reads 4-bit weights wrong, without an error, where the input width is even and no
-  multiple of the block size (64), which pruned layers have. They are read as one long row instead, which is right.
+* bitsandbytes: on CPUs with AVX512, version 0.50 reads 4-bit weights wrong, without an error, where the input width is a
+  multiple of 16 and none of the block size (64), such as 96, which pruned layers have. They are read as one long row
+  instead, which is right.
 """
 
 from __future__ import annotations

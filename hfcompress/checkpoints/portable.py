@@ -211,7 +211,7 @@ import transformers
 
 _GUARD = """
 # bitsandbytes 0.50 repacks 4-bit weights in place on some CPUs, which fails for the widths of pruned layers, and reads
-# weights of such widths wrong on all CPUs.
+# weights of such widths wrong on more.
 {patch}
 
 try:

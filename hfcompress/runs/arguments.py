@@ -55,7 +55,7 @@ def training_arguments(
 
 
 def _value(key: str, value: Any, kind: str) -> Any:
-    """A number where a number belongs: YAML reads 5e-5 (no point) as text, and transformers would take it as it is."""
+    """A number where a number belongs; text (to plain YAML, 5e-5 is text) would fail in the midst of training."""
     if not isinstance(value, str) or "str" in kind or not any(word in kind for word in ("float", "int", "bool")):
         return value
     try:

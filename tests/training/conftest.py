@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.families import make_model
+from tests.training.scenarios import FAMILIES
 
 
 @pytest.fixture(autouse=True, scope="session")
 def nothing_old_to_collect() -> Iterator[None]:
     """Three quarters of the time of these tests went into looking at modules that stay anyway."""
-    for family in ("bert", "distilbert", "roberta", "vit", "gpt2", "llama"):
+    for family in FAMILIES:
         make_model(family)
     gc.collect()
     gc.freeze()

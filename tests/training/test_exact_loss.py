@@ -254,6 +254,19 @@ def test_evaluation_is_the_mean_of_the_task_loss(tmp_path: Path, case: str, kind
     assert metrics["eval_loss"] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("custom", ["", "smoothing"])
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_a_batch_whose_labels_are_all_ignored_has_no_loss(tmp_path: Path, case: str, custom: str) -> None:
+    family, task = GRADIENT_CASES[case]
+    options = {"label_smoothing_factor": 0.1} if custom else {}
+    data = Examples(family, task, 8, silent=True)
+    trainer = make_trainer(tmp_path, trainer="PlainTrainer", family=family, task=task, data=data, **options)
+    ignored = data.batch(4, 5, 6, 7)
+    assert bool((ignored["labels"] == -100).all())
+    assert trainer.compute_loss(trainer.model.train(), ignored).item() == 0.0
+    assert trainer.compute_loss(trainer.model, data.batch(0, 1, 2, 3)).item() > 0.1
+
+
 def test_nothing_to_learn_from_is_an_error(tmp_path: Path) -> None:
     data = Examples("bert", "sequence", 8, labelled=False)
     with pytest.raises(ValueError, match="no loss to train on: the batch has input_ids, attention_mask and no labels"):

@@ -40,7 +40,9 @@ def identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
 def test_resuming_is_exact_to_the_bit(tmp_path: Path, family: str, cut: str) -> None:
     options = {"family": family, "task": RUNS[family], "cut": cut, "dropout": 0.1, "max_steps": 8}
     options |= {"n": 14, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
-    whole, model = compress(tmp_path / "whole", save_strategy="steps", save_steps=1, logging_strategy="steps", **options)
+    whole, model = compress(
+        tmp_path / "whole", save_strategy="steps", save_steps=1, logging_strategy="steps", **options
+    )
     assert whole.state.epoch == 2 and 0.5 <= whole.pruner.sparsity() < 0.6
     checked = 0
     for step in CHECKPOINTS:
@@ -49,8 +51,17 @@ def test_resuming_is_exact_to_the_bit(tmp_path: Path, family: str, cut: str) -> 
         assert identical(resumed.state_dict(), model.state_dict()), f"weights differ after resuming from step {step}"
         assert identical(optimizer_state(again), optimizer_state(whole)), f"moments differ from step {step}"
         assert resumed.config.hfcompress == model.config.hfcompress
+        states = [run.pruner.state() for run in (whole, again)]
+        assert states[0][0] == states[1][0], "facts"
+        assert len(states[0][1]) == 6 and all(
+            torch.equal(states[0][1][name], states[1][1][name]) for name in states[0][1]
+        )
         terms = [
-            [(entry["loss"], entry["loss_hidden"], entry["sparsity"]) for entry in run.state.log_history if "loss" in entry]
+            [
+                (entry["loss"], entry["loss_hidden"], entry["sparsity"])
+                for entry in run.state.log_history
+                if "loss" in entry
+            ]
             for run in (whole, again)
         ]
         assert len(terms[0]) == 8 and terms[0] == terms[1]
@@ -276,7 +287,9 @@ BEST = {
 @pytest.mark.parametrize("cut", ["gradual", "end"])
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_the_best_model_is_the_best_that_is_pruned(tmp_path: Path, family: str, cut: str) -> None:
-    scores = Scores(0.9, 0.9, 0.9, 0.9, 0.1, 0.5, 0.3, 0.2)  # dense models score best; of the pruned the one after step 6
+    scores = Scores(
+        0.9, 0.9, 0.9, 0.9, 0.1, 0.5, 0.3, 0.2
+    )  # dense models score best; of the pruned the one after step 6
     options = {"family": family, "task": RUNS[family], "cut": cut, "dropout": 0.1, "given": {"compute_metrics": scores}}
     trainer, model = compress(tmp_path, trainer=CompressionTrainer, **options, **BEST)
     assert not scores.values

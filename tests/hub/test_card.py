@@ -1,0 +1,210 @@
+"""Cards: rendered from the record and the measured numbers, and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import transformers
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import hfcompress
+from hfcompress.checkpoints.record import add_step
+from hfcompress.hub import RouteCheck, write_card
+from hfcompress.hub.card import PICTURE_FILE, RESULTS_FILE
+from tests.families import make_model
+from tests.hub.folders import row, save_pruned, write_results
+
+CHECKS = [RouteCheck("load", True, 1.2e-7, 1e-5), RouteCheck("remote", True, 0.0, 1e-5)]
+
+
+@pytest.fixture
+def pruned(tmp_path):
+    save_pruned(tmp_path)
+    return tmp_path
+
+
+def read(path):
+    return ModelCard.load(path)
+
+
+def test_a_card_with_everything(pruned):
+    write_results(pruned)
+    path = write_card(pruned, repo_id="me/small", checks=CHECKS, license="apache-2.0", language="en", tags="mine")
+    assert path == pruned / "README.md"
+    card, text = read(path), path.read_text()
+    assert "# small\n" in text and "A bert model, distilled and pruned with hfcompress." in text
+    # heads: 2, 1, 3 of 4; neurons: 43, 14, 28 of 48
+    assert "6 of 12 heads" in text and "85 of 144 neurons" in text
+    # the table
+    assert "| | accuracy, n = 1,500 | parameters | MB on disk | latency, ms (batch 32 x 64 tokens) |" in text
+    assert "| teacher | 91.23 [89.13, 93.13] | 22.71 M | 90.9 | 12.3 (12.0 to 14.0) | 1 | 1 |" in text
+    assert "| pruned | 90.51 [88.41, 92.41] | 22.71 M | 90.9 | 12.3 (12.0 to 14.0) | 2.11x | 2.30x |" in text
+    assert "95 % interval" in text and "10th to 90th percentile) of 15 rounds" in text
+    # the steps
+    assert (
+        "1. Distilled from somebody/teacher for 1,234 steps: task (weight 0.5), logits (weight 0.5), hidden (weight 0.25); "
+        "temperature 2.0.\n"
+    ) in text
+    assert (
+        "2. Pruned heads and neurons gradually to a sparsity of 0.432 of the layers' prunable parameters (polynomial "
+        "schedule from 10% to 60% of 1,234 steps, criterion first_order), and cut.\n"
+    ) in text
+    # every way to load it
+    assert len(re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)) == 3
+    assert 'import hfcompress\nmodel = hfcompress.load("me/small")' in text
+    auto = "from transformers import AutoModelForSequenceClassification\nmodel = AutoModelForSequenceClassification"
+    assert f'import hfcompress\n{auto}.from_pretrained("me/small")\n' in text
+    assert f'{auto}.from_pretrained("me/small", trust_remote_code=True)\n' in text
+    assert "load 1e-07, remote 0" in text
+    # how and from what
+    assert "* Base model: google-bert/bert-base-uncased\n* Teacher: somebody/teacher\n" in text
+    assert "* Data: nyu-mll/glue, 67,349 examples for training and 1,500 for evaluation" in text
+    assert (
+        "On cpu, 2 threads, batch 32 x 64 tokens, float32; hfcompress 0.1.0, torch 2.13.0; seed 7; 2026-01-02; commit abcdef0."
+        in text
+    )
+    assert "```bash\nhfcompress run recipe.yaml seed=7\n```" in text
+    # the picture
+    assert f"]({PICTURE_FILE})" in text and "encoder.0" in text
+    with Image.open(pruned / PICTURE_FILE) as picture:
+        assert picture.format == "PNG" and 200 < picture.size[0] < 3000 and 100 < picture.size[1] < 3000
+    # metadata
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-classification"
+    assert data["tags"] == ["hfcompress", "distilled", "pruned", "mine"]
+    assert (data["base_model"], data["base_model_relation"]) == ("google-bert/bert-base-uncased", "finetune")
+    assert (data["license"], data["language"]) == ("apache-2.0", "en")
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.dataset_type, result.dataset_name) == (
+        "text-classification",
+        "nyu-mll/glue",
+        "nyu-mll/glue",
+    )
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.9051)
+    assert card.data.model_name == "small"
+    assert "{{" not in text and "{%" not in text and "None" not in text
+
+
+def test_no_path_of_this_machine_and_no_token(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    home = tmp_path / "home-of-somebody"
+    folder = home / "student"
+    save_pruned(folder, teacher=str(home / "teacher"))
+    (home / "teacher").mkdir()
+    write_results(
+        folder,
+        command=f"hfcompress run {home}/recipe.yaml data.train={home}/films.csv seed=7",
+        base_model=str(home / "teacher"),
+        data={"name": "films.csv", "train_n": 10, "eval_n": 5},
+    )
+    text = write_card(folder).read_text()
+    assert str(home) not in text and "home-of-somebody" not in text and str(tmp_path) not in text
+    assert "hf_secret" not in text
+    assert "hfcompress run path/to/recipe.yaml data.train=path/to/films.csv seed=7" in text
+    assert (
+        "Distilled from teacher for" in text and "* Teacher: teacher\n" in text and "* Base model: not said\n" in text
+    )
+    data = read(folder / "README.md").data
+    assert data.base_model is None and "base_model_relation" not in data.to_dict()
+    assert data.eval_results[0].dataset_type == "films.csv"
+
+
+def test_quantized(pruned, tmp_path):
+    model = hfcompress.quantize(pruned, "nf4-dq")
+    folder = tmp_path / "small"
+    model.save_pretrained(folder)
+    text = write_card(folder, base_model="google-bert/bert-base-uncased").read_text()
+    assert (
+        "3. Quantized 18 linear layers with bitsandbytes (nf4-dq); left as they are: bert.pooler.dense, classifier; "
+        "everything else in float32.\n"
+    ) in text
+    data = read(folder / "README.md").data.to_dict()
+    assert data["base_model_relation"] == "quantized" and "quantized" in data["tags"]
+
+
+def test_without_results(pruned):
+    text = write_card(pruned).read_text()
+    assert "Nothing was measured for this model yet: `hfcompress measure` does." in text and "| teacher" not in text
+    assert "How it was measured" not in text and "Reproduce" not in text
+    assert f'hfcompress.load("path/to/{pruned.name}")' in text
+    text = write_card(pruned, scores={"eval_loss": 0.123456, "eval_accuracy": 0.9}).read_text()
+    assert "Last evaluation in training: eval_loss 0.1235, eval_accuracy 0.9." in text
+
+
+def test_a_uniform_model_needs_transformers_alone(tmp_path):
+    save_pruned(tmp_path, pattern="even")
+    text = write_card(tmp_path, repo_id="me/even").read_text()
+    code = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert code == [
+        "from transformers import AutoModelForSequenceClassification\n"
+        'model = AutoModelForSequenceClassification.from_pretrained("me/even")'
+    ]
+    assert "72 of 144 neurons" in text and (tmp_path / PICTURE_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "tag"),
+    [
+        ("vit", "AutoModelForImageClassification", "image-classification"),
+        ("gpt2", "AutoModelForCausalLM", "text-generation"),
+        ("llama", "AutoModelForCausalLM", "text-generation"),
+        ("bert", "AutoModelForQuestionAnswering", "question-answering"),
+        ("bert", "AutoModelForTokenClassification", "token-classification"),
+        ("bert", "AutoModelForMaskedLM", "fill-mask"),
+        ("bert", "AutoModel", None),
+    ],
+)
+def test_a_model_to_which_nothing_was_done(name, auto, tag, tmp_path):
+    make_model(name, auto).save_pretrained(tmp_path)
+    text = write_card(tmp_path).read_text()
+    assert "1. Nothing yet." in text and f"{auto}.from_pretrained(" in text and hasattr(transformers, auto)
+    assert not (tmp_path / PICTURE_FILE).exists()
+    data = read(tmp_path / "README.md").data
+    assert data.pipeline_tag == tag and data.tags == ["hfcompress"]
+
+
+def test_steps_of_others_stand_as_they_are(tmp_path):
+    model = make_model("bert")
+    add_step(model.config, "merge", method="mean", parts=2)
+    add_step(model.config, "prune", by="hand")
+    add_step(model.config, "distill")
+    model.config.hfcompress["steps"].append({"note": "no step"})
+    model.save_pretrained(tmp_path)
+    text = write_card(tmp_path).read_text()
+    assert '1. merge: {"method": "mean", "parts": 2}\n2. prune: {"by": "hand"}\n3. distill: {}\n' in text
+    assert "* Teacher: not said" in text
+
+
+BROKEN = {
+    "{": "is not valid JSON",
+    "[]": "must hold an object with a list of rows",
+    '{"rows": {}}': "must hold an object with a list of rows",
+    '{"rows": [1]}': "lacks numbers",
+    '{"rows": [{"name": "x"}]}': "lacks numbers that the card shows (no 'metric')",
+    json.dumps({"rows": [{**row("x", ".", 0.5), "latency": {"median_ms": 1.0}}]}): "lacks numbers",
+    json.dumps({"rows": [{**row("x", ".", 0.5), "parameters": "many"}]}): "lacks numbers",
+    "[" * 100_000: "is not valid JSON",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_broken_results(text, pruned):
+    (pruned / RESULTS_FILE).write_text(text)
+    with pytest.raises(ValueError) as caught:
+        write_card(pruned)
+    message = str(caught.value)
+    assert BROKEN[text] in message and message.endswith("; measure the model again")
+    assert len(message.splitlines()) == 1 and len(message) < 400
+    assert not (pruned / "README.md").exists()
+
+
+def test_images_have_no_length_and_other_metrics_no_percent(pruned):
+    picture_row = row("x", ".", 0.5)
+    picture_row["latency"].pop("length")
+    picture_row["metric"]["name"] = "pearson"
+    write_results(pruned, rows=[picture_row])
+    text = write_card(pruned).read_text()
+    assert "latency, ms (batch 32)" in text and "| x | 0.5000 [0.4790, 0.5190] |" in text

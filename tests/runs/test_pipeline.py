@@ -1,0 +1,298 @@
+"""A run from beginning to end on a tiny model, what it leaves, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import transformers
+from huggingface_hub import ModelCard
+
+import hfcompress
+from hfcompress.checkpoints.record import read_steps, read_units
+from hfcompress.config import Recipe, RecipeError
+from hfcompress.hub import verify
+from hfcompress.hub.verify import VerificationError
+from hfcompress.quantization import quantize
+from hfcompress.runs import Run, format_rows, pipeline, run_recipe
+from tests.hub.folders import all_fine, none_fine, row
+from tests.tasks.conftest import save_bert
+
+BASE = {
+    "task": "text-classification",
+    "distill": {"hidden": {"weight": 0.5}},
+    "prune": {
+        "target": {"sparsity": 0.5},
+        "schedule": {"start": 0.1, "end": 0.6, "updates": 2},
+        "multiple_of": {"neurons": 1},
+        "at_least": {"neurons": 1},
+    },
+    "quantize": {"presets": ["int8"]},
+    "train": {"max_steps": 6, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 3},
+    "measure": {"batch": 2, "length": 8, "rounds": 3, "warmup": 0, "threads": 1, "device": "cpu"},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))  # for the process that measures
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A pretrained model and a file of examples that anyone could learn."""
+    folder = tmp_path_factory.mktemp("material")
+    model = save_bert(folder / "model", base=True)
+    rows = [("a good film", "fine"), ("not very bad", "fine"), ("a bad film", "poor"), ("very bad", "poor")] * 10
+    (folder / "films.csv").write_text("said,verdict\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    return {
+        "model": {"name": model, "base_model": "somebody/base"},
+        "data": {"train": str(folder / "films.csv"), "label": "verdict"},
+    }
+
+
+def recipe_for(material, output, **changes):
+    sections = {**BASE, **material, "output": str(output), **changes}
+    return Recipe.from_dict({name: section for name, section in sections.items() if section is not None})
+
+
+def no_training(*_, **__):
+    raise AssertionError("it trained again")
+
+
+@pytest.fixture(scope="module")
+def finished(material, tmp_path_factory):
+    """A whole run, measured in a fresh process; loading by every way is taken for granted."""
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_run_child", all_fine)
+        rows = run_recipe(recipe_for(material, output), command="hfcompress run tiny.yaml")
+    return output, rows
+
+
+def test_a_whole_run(finished):
+    output, rows = finished
+    assert [row["name"] for row in rows] == ["teacher", "pruned", "pruned + int8"]
+    assert [row["folder"] for row in rows] == ["teacher", "student", "student-int8"]
+    assert rows[2]["parameters"] == rows[1]["parameters"] < rows[0]["parameters"]
+    for entry in rows:
+        metric = entry["metric"]
+        assert metric["n"] == 4 and 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
+        assert entry["latency"]["median_ms"] > 0 and entry["disk_bytes"] > 0
+    assert "speedup" not in rows[0] and "speedup" in rows[1] and "layers_speedup" in rows[2]
+    results = json.loads((output / "results.json").read_text())
+    assert results["rows"] == rows
+    assert results["data"]["name"] == "films.csv" and (results["data"]["train_n"], results["data"]["eval_n"]) == (36, 4)
+    table = format_rows(rows).splitlines()
+    assert len(table) == 4 and "accuracy (n=4)" in table[0] and table[3].startswith("pruned + int8")
+
+
+def test_what_it_leaves_loads(finished):
+    output, _ = finished
+    student, small = hfcompress.load(output / "student"), hfcompress.load(output / "student-int8")
+    assert [step["step"] for step in read_steps(student.config)] == ["distill", "prune"] or (
+        [step["step"] for step in read_steps(student.config)] == ["prune", "distill"]
+    )
+    assert read_units(student.config) and read_units(small.config) == read_units(student.config)
+    assert read_steps(small.config)[-1]["preset"] == "int8"
+    assert student.config.id2label == {0: "fine", 1: "poor"}
+    for name in ("teacher", "student", "student-int8"):
+        assert len(transformers.AutoTokenizer.from_pretrained(output / name)("a good film").input_ids) == 5
+    assert not [path for path in output.glob("student*/*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+@pytest.mark.parametrize("name", ["student", "student-int8"])
+def test_the_cards(name, finished):
+    output, rows = finished
+    card = ModelCard.load(output / name / "README.md")
+    own = next(entry for entry in rows if entry["folder"] == name)
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_value) == ("films.csv", round(own["metric"]["value"], 6))
+    assert card.data.model_name == f"tiny-{name}" and card.data.base_model == "somebody/base"
+    assert all(f"| {entry['name']} |" in card.text for entry in rows)
+    assert "```bash\nhfcompress run tiny.yaml\n```" in card.text
+    assert str(output.parent) not in card.content
+    assert not (output / "teacher" / "README.md").exists()
+
+
+def test_started_again_it_does_not_train_again(finished, material, monkeypatch):
+    output, rows = finished
+    measured = []
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    for target in ("hfcompress.runs.pipeline.PlainTrainer", "hfcompress.runs.pipeline.CompressionTrainer"):
+        monkeypatch.setattr(target, no_training)
+    monkeypatch.setattr(pipeline, "quantize", no_training)
+    monkeypatch.setattr(Run, "measure", lambda self, models: measured.append(models) or rows)
+    assert run_recipe(recipe_for(material, output), command="hfcompress run tiny.yaml") == rows
+    assert measured == [
+        {"teacher": output / "teacher", "pruned": output / "student", "pruned + int8": output / "student-int8"}
+    ]
+
+
+def test_without_a_mark_a_stage_is_done_again_from_its_checkpoint(finished, material, tmp_path, monkeypatch, capsys):
+    """As if the run had been killed after the student's last checkpoint."""
+    done, rows = finished
+    output = tmp_path / "tiny"
+    shutil.copytree(done, output)
+    recipe = recipe_for(material, output)
+    (output / "recipe.yaml").write_text(recipe.to_yaml())
+    (output / ".student.done.json").unlink()
+    shutil.rmtree(output / "student")
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    monkeypatch.setattr("hfcompress.runs.pipeline.PlainTrainer", no_training)
+    monkeypatch.setattr(Run, "measure", lambda self, models: rows)
+    run_recipe(recipe, command="x")
+    assert f"Going on from {output / 'student-checkpoints' / 'checkpoint-6'}" in capsys.readouterr().err
+    first, second = (hfcompress.load(folder / "student").state_dict() for folder in (done, output))
+    assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
+
+
+def test_a_folder_that_does_not_reload_ends_the_run(finished, material, monkeypatch):
+    output, rows = finished
+    monkeypatch.setattr(verify, "_run_child", none_fine)
+    monkeypatch.setattr(Run, "measure", lambda self, models: rows)
+    with pytest.raises(VerificationError, match="does not load through load: outputs differ"):
+        run_recipe(recipe_for(material, output), command="x")
+
+
+def test_a_run_pushes_each_variant(finished, material, tmp_path, monkeypatch, local_hub):
+    done, rows = finished
+    output = tmp_path / "tiny"
+    shutil.copytree(done, output)
+    recipe = recipe_for(material, output, push={"repo": "tester/tiny", "private": True})
+    (output / "recipe.yaml").write_text(recipe.to_yaml())
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    monkeypatch.setattr(Run, "measure", lambda self, models: rows)
+    run_recipe(recipe, command="x")
+    assert sorted(local_hub.repo_ids()) == ["tester/tiny", "tester/tiny-int8"]
+    for repo in local_hub.repo_ids():
+        assert local_hub.is_private(repo) and len(local_hub.commits(repo)) == 2
+        assert f'hfcompress.load("{repo}")' in local_hub.files(repo)["README.md"].decode()
+
+
+# ---- the folder ----
+
+
+def test_a_folder_with_another_recipe(finished, material):
+    output, _ = finished
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe .*; give another output, or .* --restart$"):
+        Run(recipe_for(material, output, seed=1), command="x")
+
+
+def test_a_folder_that_holds_something_else(material, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for restart in (False, True):
+        with pytest.raises(RecipeError, match="is not empty and holds no run; give another output"):
+            Run(recipe_for(material, tmp_path), command="x", restart=restart)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_folder_that_cannot_be_written(material, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="cannot be written: "):
+        Run(recipe_for(material, tmp_path / "file" / "run"), command="x")
+
+
+def test_restarting_removes_the_run_and_nothing_else(finished, material, tmp_path):
+    done, _ = finished
+    output = tmp_path / "tiny"
+    shutil.copytree(done, output)
+    (output / "notes.txt").write_text("mine")
+    (output / "teacher-of-mine").mkdir()
+    recipe = recipe_for(material, output, seed=1)
+    Run(recipe, command="x", restart=True)
+    assert {path.name for path in output.iterdir()} == {"notes.txt", "teacher-of-mine", "recipe.yaml"}
+    assert Recipe.from_yaml(output / "recipe.yaml") == recipe
+    Run(recipe, command="x")  # the same recipe is welcome
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": None}, "the recipe needs task to be run"),
+        ({"data": None}, "the recipe needs data to be run"),
+        (
+            {"model": None},
+            "the recipe needs model.name (to fine-tune and compress) or teacher.name (already fine-tuned)",
+        ),
+        ({"model": None, "teacher": {"train": {}}}, "the recipe needs model.name"),
+        (
+            {"distill": None, "prune": None, "quantize": None},
+            "the recipe asks for nothing: add distill, prune or quantize",
+        ),
+    ],
+)
+def test_recipes_that_cannot_be_run(changes, message, material, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        Run(recipe_for(material, tmp_path / "run", **changes), command="x")
+    assert str(caught.value).startswith(message) and len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_argument_that_does_not_exist(material, tmp_path):
+    run = Run(recipe_for(material, tmp_path / "run", train={"learnin_rate": 1}), command="x")
+    with pytest.raises(
+        RecipeError, match=r"^teacher.train.learnin_rate is not a training argument; did you mean learning_rate"
+    ):
+        run.run()
+
+
+# ---- parts of a run ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "trainer"), [({"prune": None}, "DistillationTrainer"), ({"distill": None}, "PruningTrainer")]
+)
+def test_which_trainer_makes_the_student(changes, trainer, finished, material, tmp_path, monkeypatch):
+    """The teacher is named: nothing is fine-tuned, and the student starts as its copy."""
+    done, _ = finished
+    teacher = {"name": str(done / "teacher")}
+    recipe = recipe_for(material, tmp_path / "run", model=None, teacher=teacher, quantize=None, **changes)
+    made, measured = [], []
+    cls = getattr(pipeline, trainer)
+
+    def make(*args, **kwargs):
+        made.append(cls(*args, **kwargs))
+        return made[-1]
+
+    for name in ("PlainTrainer", "CompressionTrainer", "DistillationTrainer", "PruningTrainer"):
+        monkeypatch.setattr(pipeline, name, make if name == trainer else no_training)
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    rows = [row("teacher", "teacher", 0.5), row("student", "student", 0.5)]
+
+    def measure(self, models):
+        measured.append(models)
+        (self.output / "results.json").write_text(json.dumps({"rows": rows, "data": {}}))
+        return rows
+
+    monkeypatch.setattr(Run, "measure", measure)
+    assert run_recipe(recipe, command="x") == rows
+    assert len(made) == 1 and made[0].state.global_step == 6
+    name = "distilled" if trainer == "DistillationTrainer" else "pruned"
+    assert measured == [{"teacher": done / "teacher", name: tmp_path / "run" / "student"}]
+    assert not (tmp_path / "run" / "teacher").exists()
+    assert bool(read_units(hfcompress.load(tmp_path / "run" / "student").config)) is (name == "pruned")
+
+
+def test_a_teacher_on_the_hub_is_quantized_with_its_tokenizer(finished, material, tmp_path, local_hub, monkeypatch):
+    done, _ = finished
+    files = {path.name: path.read_bytes() for path in (done / "teacher").iterdir() if path.is_file()}
+    local_hub.create_repo("tester/teacher", files=files)
+    changes = {"model": None, "distill": None, "prune": None, "teacher": {"name": "tester/teacher"}}
+    recipe = recipe_for(material, tmp_path / "run", **changes)
+    quantized = []
+    monkeypatch.setattr(
+        pipeline, "quantize", lambda *args, **kwargs: quantized.append(args) or quantize(*args, **kwargs)
+    )
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    monkeypatch.setattr(Run, "measure", lambda self, models: [])
+    monkeypatch.setattr(Run, "write_cards", lambda self, models, rows: None)
+    run_recipe(recipe, command="x")
+    assert quantized == [(tmp_path / "run" / "teacher", "int8")]
+    for name in ("teacher", "student-int8"):
+        assert (Path(tmp_path) / "run" / name / "tokenizer.json").is_file()

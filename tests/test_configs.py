@@ -1,0 +1,63 @@
+"""Every file under configs/ is read by what will read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from hfcompress.config import Recipe
+from hfcompress.runs.arguments import training_arguments
+
+ROOT = Path(__file__).parents[1] / "configs"
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+ACCELERATE = [path for path in FILES if path.parts[0] == "accelerate"]
+RECIPES = [path for path in FILES if path.parts[0] != "accelerate"]
+
+PROCESSES = {"cpu": ("NO", 1), "ddp": ("MULTI_GPU", 2), "fsdp2": ("FSDP", 2), "deepspeed_zero2": ("DEEPSPEED", 2)}
+
+
+def test_how_many_there_are():
+    assert {path.stem for path in RECIPES} == {"bert_sst2", "demo_text", "demo_vision", "vit_images"}
+    assert {path.stem for path in ACCELERATE} == set(PROCESSES)
+    assert len(FILES) == 8 and {path.suffix for path in FILES} == {".yaml"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_a_recipe(path, tmp_path):
+    recipe = Recipe.from_yaml(ROOT / path)
+    assert None not in (
+        recipe.task,
+        recipe.model,
+        recipe.data,
+        recipe.output,
+        recipe.prune,
+        recipe.distill,
+        recipe.quantize,
+    )
+    teacher = recipe.teacher.train if recipe.teacher is not None else {}
+    for settings in (recipe.train, {**recipe.train, **teacher}):
+        arguments = training_arguments(tmp_path, settings, seed=recipe.seed)
+        for key, value in settings.items():
+            assert getattr(arguments, key) == value
+    assert recipe.train and arguments.num_train_epochs > 0 and arguments.learning_rate > 0
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    # The comment on top says what it is, and how to run it names this very file.
+    text = (ROOT / path).read_text()
+    assert text.startswith("# ") and (f"hfcompress run configs/{path}" in text or "scripts/demo_" in text)
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=str)
+def test_an_accelerate_config(path):
+    config = load_config_from_file(str(ROOT / path))
+    kind, processes = PROCESSES[path.stem]
+    assert str(config.distributed_type).rpartition(".")[2] == kind
+    assert (config.num_processes, config.num_machines) == (processes, 1)
+    assert config.use_cpu is (path.stem == "cpu")
+    assert bool(config.fsdp_config) is (kind == "FSDP") and bool(config.deepspeed_config) is (kind == "DEEPSPEED")
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == 2

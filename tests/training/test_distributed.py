@@ -1,0 +1,250 @@
+"""Two processes on the CPU: the same plan and weights on both, equal to what one process does with the same batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from filelock import FileLock
+
+import hfcompress
+from tests.training.scenarios import (
+    GRADIENT_CASES,
+    GRADIENT_TRAINERS,
+    Examples,
+    build,
+    compress,
+    gradients,
+    make_trainer,
+    vector,
+)
+from tests.training.test_exact_loss import difference
+
+ROOT = Path(__file__).parents[2]
+HALF = 4  # examples a process and step
+DESCENT = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "logging_strategy": "steps", "logging_steps": 1}
+SAVING = {"dropout": 0.1, "save_strategy": "steps", "save_steps": 2}
+WIDE = {"family": "bert", "task": "sequence", "teacher_width": 64}
+VIT = {"family": "vit", "task": "image"}
+
+# What two processes do with 4 examples each is compared with one process and 8: no dropout there, for it is drawn per process.
+COMPARED: dict[str, dict[str, Any]] = {
+    "bert": {**WIDE, **DESCENT},
+    "bert-end": {**WIDE, **DESCENT, "cut": "end"},
+    "bert-accumulated": {**WIDE, **DESCENT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "bert-token": {"family": "bert", "task": "token", **DESCENT},
+    "vit": {**VIT, **DESCENT},
+    "vit-end": {**VIT, **DESCENT, "cut": "end"},
+    "llama": {"family": "llama", "task": "causal", **DESCENT},
+    "plain": {"trainer": "PlainTrainer", **DESCENT},
+}
+JOBS: dict[str, dict[str, Any]] = {
+    **COMPARED,
+    "bert-saved": {**WIDE, **SAVING},
+    "bert-resumed": {**WIDE, **SAVING, "resume_job": "bert-saved/checkpoint-2"},
+    "vit-saved": {**VIT, **SAVING, "cut": "end"},
+    "vit-resumed": {**VIT, **SAVING, "cut": "end", "resume_job": "vit-saved/checkpoint-2"},
+    "best": {
+        **WIDE,
+        **SAVING,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "prune": {"schedule": {"name": "constant", "start": 0.2}},
+    },
+    "hidden-only": {
+        "trainer": "DistillationTrainer",
+        "distill": {"task": {"weight": 0.0}, "logits": {"weight": 0.0}, "hidden": {"weight": 1.0, "layers": "last"}},
+        "teacher_width": 64,
+    },
+    "stale-reducer": {**WIDE, "keep_reducer": True},
+    "own-means": {
+        "do": "gradients",
+        "case": "bert-token",
+        "trainer": "PlainTrainer",
+        "batch": HALF,
+        "average_tokens_across_devices": False,
+    },
+    **{
+        f"gradients-{case}-{trainer}-{silent}": {
+            "do": "gradients",
+            "case": case,
+            "trainer": trainer,
+            "silent": silent,
+            "batch": HALF,
+        }
+        for case in GRADIENT_CASES
+        for trainer in GRADIENT_TRAINERS
+        for silent in (False, True)
+    },
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_two_processes(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    jobs = folder / "jobs.json"
+    jobs.write_text(json.dumps(JOBS))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(free_port()), "-m", "tests.training.scenarios", str(folder), str(jobs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=400)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if code != 0:
+        raise RuntimeError((folder / "output.txt").read_text()[-6000:])
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all jobs, run in one process group, once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "two processes"
+    with FileLock(shared / "two processes.lock"):
+        if not folder.exists():
+            run_two_processes(folder)
+        if not (folder / list(JOBS)[-1]).exists():
+            pytest.fail("the run of two processes failed: its output is in the first failure")
+    return folder
+
+
+def facts(two: Path, job: str) -> dict[str, Any]:
+    found = json.loads((two / job / "facts.json").read_text())
+    if "skip" in found:
+        pytest.skip(found["skip"])
+    return found
+
+
+def weights(two: Path, job: str) -> torch.Tensor:
+    return safetensors.torch.load_file(two / job / "weights.safetensors")["weights"]
+
+
+PROJECTIONS = {
+    "hidden-only": 1,
+    **{name: 3 for name, job in JOBS.items() if "family" in job and "teacher_width" in job},
+}
+TRAINED = [name for name, job in JOBS.items() if "do" not in job and "keep_reducer" not in job]
+
+
+@pytest.mark.parametrize("job", TRAINED)
+def test_both_processes_end_with_the_same_model(two: Path, job: str) -> None:
+    found = facts(two, job)
+    assert found["world"] == 2 and found["wrapper"] == "DistributedDataParallel"
+    assert found["same_weights"]
+    model = hfcompress.load(two / job / "final")
+    assert torch.equal(vector(model), weights(two, job))
+    count = len(list(model.parameters())) + found.get("projections", 0)
+    assert found["in_optimizer"] == count, "the optimizer must hold the model's parameters, and the projections"
+    if "projections" in found:
+        assert found["same_projections"] and found["projections"] == PROJECTIONS.get(job, 0)
+        assert found["same_teacher"] and not found["teacher"]["training"]
+        assert found["teacher"]["type"].endswith(("Classification", "CausalLM")), "the teacher is wrapped"
+    if JOBS[job].get("trainer") is None:
+        assert found["units"] == model.config.hfcompress["units"] and len(found["units"]) > 2
+
+
+def test_the_jobs_cover_what_they_should() -> None:
+    assert len(TRAINED) == 14 and len(JOBS) == 16 + 7 * 3 * 2
+
+
+def test_without_a_new_reducer_the_processes_drift_apart(two: Path) -> None:
+    found = facts(two, "stale-reducer")
+    assert found["world"] == 2 and len(found["units"]) > 2
+    assert not found["same_weights"], "this run has to fail: otherwise the check of the others shows nothing"
+
+
+# ---- the same as one process with the same batch ----
+
+
+@pytest.mark.parametrize("job", COMPARED)
+def test_the_plan_and_the_weights_are_those_of_one_process(two: Path, job: str, tmp_path: Path) -> None:
+    options = {**COMPARED[job], "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2 * HALF}
+    trainer, model = compress(tmp_path, **options)
+    found = facts(two, job)
+    if job != "plain":
+        assert found["units"] == model.config.hfcompress["units"]
+    torch.testing.assert_close(weights(two, job), vector(model), rtol=1e-4, atol=1e-5)
+    logs = [[entry for entry in log if "loss" in entry] for log in (found["log"], trainer.state.log_history)]
+    assert len(logs[0]) == len(logs[1]) == 6
+    names = {"loss"} if job == "plain" else {"loss", "loss_task", "loss_logits", "loss_hidden", "sparsity"}
+    for ours, theirs in zip(*logs, strict=True):
+        assert names <= ours.keys() == theirs.keys()
+        assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-3)
+    assert found["eval"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["labels", "one process without labels"])
+@pytest.mark.parametrize("trainer", GRADIENT_TRAINERS)
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_one_batch_of_eight_is_two_processes_with_four(
+    two: Path, tmp_path: Path, case: str, trainer: str, silent: bool
+) -> None:
+    found = safetensors.torch.load_file(two / f"gradients-{case}-{trainer}-{silent}" / "gradients.safetensors")
+    whole = gradients(tmp_path, case=case, trainer=trainer, silent=silent)
+    assert len(found) > 20
+    assert difference(found, whole) < 1e-6
+
+
+def test_each_process_with_its_own_mean_if_that_is_asked_for(two: Path) -> None:
+    found = safetensors.torch.load_file(two / "own-means" / "gradients.safetensors")
+    data, parts = Examples("bert", "token", 8), []
+    for rows in (range(4), range(4, 8)):
+        model = build("bert", "token", seed=0)
+        model(**data.batch(*rows)).loss.backward()
+        parts.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+    assert difference(found, mean) < 1e-6
+    together = gradients(two / "x", case="bert-token", trainer="PlainTrainer")
+    assert difference(found, together) > 1e-3
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_resuming_on_two_processes_is_exact_to_the_bit(two: Path, kind: str) -> None:
+    assert facts(two, f"{kind}-resumed")["same_weights"]
+    assert torch.equal(weights(two, f"{kind}-resumed"), weights(two, f"{kind}-saved"))
+    both = [
+        safetensors.torch.load_file(two / f"{kind}-{run}" / "projections.safetensors") for run in ("saved", "resumed")
+    ]
+    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+    assert len(both[0]) == len(both[1]) == (3 if kind == "bert" else 0)
+    middle, end = (hfcompress.load(two / f"{kind}-saved" / f"checkpoint-{step}") for step in (2, 6))
+    assert not torch.equal(vector(middle)[:100], vector(end)[:100])
+    states = {path.name for path in (two / f"{kind}-saved" / "checkpoint-2").glob("rng_state_*.pth")}
+    assert states == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+def test_one_process_goes_on_from_two(two: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, **WIDE, **SAVING, per_device_train_batch_size=2 * HALF)
+    trainer.train(resume_from_checkpoint=str(two / "bert-saved" / "checkpoint-2"))
+    assert trainer.state.global_step == 6 and 0.5 <= trainer.pruner.sparsity() < 0.6
+
+
+def test_the_best_model_is_on_both(two: Path) -> None:
+    losses = {entry["step"]: entry["eval_loss"] for entry in facts(two, "best")["log"] if "eval_loss" in entry}
+    assert set(losses) == {2, 4, 6}
+    best = hfcompress.load(two / "best" / f"checkpoint-{min(losses, key=losses.__getitem__)}")
+    assert torch.equal(vector(best), weights(two, "best"))
