@@ -43,7 +43,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tests.hub_fixtures import connect, hub_env
 from tests.local_hub import TOKEN, USER, LocalHub
 
-
 WORDS = ["[PAD]", "[UNK]", "a", "fine", "dull", "film"]
 
 

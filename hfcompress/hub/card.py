@@ -15,7 +15,7 @@ import hfcompress
 from hfcompress.checkpoints.portable import MODELING_FILE
 from hfcompress.checkpoints.record import read_steps, read_units
 from hfcompress.hub.picture import draw_layers, save_layers_picture
-from hfcompress.hub.verify import RouteCheck
+from hfcompress.hub.verify import RouteCheck, is_4bit
 
 RESULTS_FILE = "results.json"
 PICTURE_FILE = "layers.png"
@@ -288,7 +288,7 @@ def _sentence(step: dict[str, Any]) -> str:
         return (
             f"Pruned {' and '.join(settings['units'])} gradually to a sparsity of {step['sparsity']:.3f} of the layers' "
             f"prunable parameters ({schedule['name']} schedule from {schedule['start']:.0%} to {schedule['end']:.0%} of "
-            f"{step['optimizer_steps']:,} steps, criterion {settings['criterion']}), and cut."
+            f"{step['optimizer_steps']:,} steps, criterion {settings['criterion']}, scope {settings['scope']}), and cut."
         )
     if kind == "quantize":
         return (
@@ -302,6 +302,9 @@ def _ways(folder: Path, config: Any, name: str) -> list[dict[str, str]]:
     auto = _AUTO.get(_pipeline(config) or "", "AutoModel")
     plain = f"from transformers import {auto}\n"
     if not (folder / MODELING_FILE).is_file():
+        if is_4bit(config):
+            text = "With transformers, once hfcompress is imported (on CPUs bitsandbytes reads some widths wrong without it):"
+            return [{"text": text, "code": f'import hfcompress\n{plain}model = {auto}.from_pretrained("{name}")'}]
         return [{"text": "With transformers alone:", "code": f'{plain}model = {auto}.from_pretrained("{name}")'}]
     return [
         {"text": "With hfcompress:", "code": f'import hfcompress\nmodel = hfcompress.load("{name}")'},

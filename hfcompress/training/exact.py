@@ -226,6 +226,8 @@ class ExactTrainerMixin(_TrainerBase):
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
             (folder / "training_args.bin").unlink(missing_ok=True)
             arguments = json.loads(self.args.to_json_string())
+            for private in ("output_dir", "logging_dir"):  # paths of this machine
+                arguments.pop(private, None)
             (folder / TRAINING_ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
     # ---- Hub ----

@@ -50,7 +50,7 @@ def test_a_card_with_everything(pruned):
     ) in text
     assert (
         "2. Pruned heads and neurons gradually to a sparsity of 0.432 of the layers' prunable parameters (polynomial "
-        "schedule from 10% to 60% of 1,234 steps, criterion first_order), and cut.\n"
+        "schedule from 10% to 60% of 1,234 steps, criterion first_order, scope global), and cut.\n"
     ) in text
     # every way to load it
     assert len(re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)) == 3
