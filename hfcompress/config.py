@@ -177,7 +177,7 @@ class PruneConfig(Section):
             result loads with plain transformers.
         cut: "gradual" removes closed units from the weights at each update, so that training gets faster
             as it goes; "end" keeps them behind closed gates until the schedule ends. The result is the same up to
-            numerical noise.
+            numerical noise (with the criterion random: another draw).
     """
 
     target: Target = Target()

@@ -243,8 +243,13 @@ def sites_of(model: nn.Module, family: Family) -> list[Site]:
     for stack, path, layers in stacks:
         for number, layer in enumerate(layers):
             where, name = f"{path}.{number}", f"{stack.name}.{number}"
-            sites += [_attention_site(layer, where, name, number, entry) for entry in stack.attentions]
-            sites.append(_neuron_site(layer, where, name, number, stack.feed_forward))
+            try:
+                sites += [_attention_site(layer, where, name, number, entry) for entry in stack.attentions]
+                sites.append(_neuron_site(layer, where, name, number, stack.feed_forward))
+            except AttributeError as error:
+                raise StructureError(
+                    f"{where}: {type(layer).__name__} is not built as its family says in this release of transformers: {error}"
+                ) from None
     return sites
 
 

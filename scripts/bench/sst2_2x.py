@@ -45,7 +45,7 @@ RECIPE = {
         "hidden": {"weight": 0.5, "layers": "all"},
     },
     "prune": {
-        "target": {"sparsity": 0.53},
+        "target": {"sparsity": 0.56},
         "criterion": "first_order",
         "scope": "site",
         "schedule": {"name": "polynomial", "power": 3, "start": 0.05, "end": 0.5, "updates": 20},

@@ -206,7 +206,7 @@ class GateGradients(TrainerCallback):
 
 
 @pytest.mark.parametrize("family", RUNS)
-def test_importance_is_the_mean_absolute_gradient_of_gates(tmp_path: Path, family: str) -> None:
+def test_importance_is_the_mean_squared_gradient_of_gates(tmp_path: Path, family: str) -> None:
     gates = GateGradients()
     trainer = make_trainer(
         tmp_path,
