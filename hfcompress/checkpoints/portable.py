@@ -201,7 +201,7 @@ def modeling_source(model: nn.Module) -> str:
 _HEADER = '''"""Builds the pruned model in this folder without hfcompress; used with trust_remote_code=True.
 
 With hfcompress installed, `import hfcompress` does the same and no remote code is needed.
-Written by hfcompress, https://pypi.org/project/hfcompress (Apache-2.0).
+Written by hfcompress (Apache-2.0).
 """
 
 from __future__ import annotations
