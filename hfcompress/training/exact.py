@@ -1,6 +1,6 @@
 """The base of all our trainers: a loss that is the same however a batch is split, and checkpoints that really load.
 
-Plain transformers 5.18 to 5.23 multiplies the loss of BERT, RoBERTa and DistilBERT by the number of accumulated batches and
+Plain transformers 5.19 to 5.23 multiplies the loss of BERT, RoBERTa and DistilBERT by the number of accumulated batches and
 processes, and skips the weights of ViT and its kin on resume (their names on disk differ from those in memory).
 """
 
