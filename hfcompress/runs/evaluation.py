@@ -24,7 +24,6 @@ from hfcompress.measurement import (
     count_parameters,
     disk_bytes,
     example_inputs,
-    macro_f1,
     mcnemar,
     memory_bytes,
     pearson,
@@ -34,12 +33,6 @@ from hfcompress.tasks import PreparedTask
 from hfcompress.tasks.scores import decide
 
 logger = logging.getLogger(__name__)
-
-_SCORES = {
-    "single_label_classification": accuracy,
-    "multi_label_classification": macro_f1,
-    "regression": pearson,
-}
 
 
 def predict(model: nn.Module, task: PreparedTask, *, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -62,11 +55,11 @@ def _fit(value: torch.Tensor, device: torch.device, model: nn.Module) -> torch.T
 
 
 def score(predictions: np.ndarray, labels: np.ndarray, task: PreparedTask) -> Metric:
-    """The main metric of the task with its 95 % interval."""
+    """Accuracy (of several labels at once: all of them right), or the correlation of a quantity, with its 95 % interval."""
     if task.problem_type == "multi_label_classification":
         exact = (predictions == labels).all(axis=1)
         return accuracy(exact, np.ones(len(exact), dtype=bool))
-    return _SCORES[task.problem_type](predictions, labels)
+    return pearson(predictions, labels) if task.problem_type == "regression" else accuracy(predictions, labels)
 
 
 def measure_folders(

@@ -33,8 +33,7 @@ def main() -> None:
     )
     rows = measure_folders({name: Path(folder) for name, folder in folders.items()}, task, recipe.measure)
     for row in rows:
-        path = Path(row["folder"])
-        row["folder"] = path.name if path.parent == output else str(path.name)
+        row["folder"] = Path(row["folder"]).name  # no paths of this machine
     results = results_of(recipe, task, rows)
     (output / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
