@@ -7,17 +7,33 @@ and the nearest right name.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-UnitKind = Literal["heads", "neurons"]
+UnitKind = Literal["heads", "neurons", "sublayers", "layers"]
+CriterionName = Literal[
+    "obs",
+    "first_order",
+    "taylor",
+    "fisher",
+    "fisher_block",
+    "hessian",
+    "movement",
+    "magnitude",
+    "magnitude_l1",
+    "activation_mean",
+    "activation_variance",
+    "activation_apoz",
+    "random",
+]
 Preset = Literal["int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
 Task = Literal["text-classification", "image-classification"]
 
@@ -104,14 +120,91 @@ class DistillConfig(Section):
 
 
 class Target(Section):
-    """How small the model is to become.
+    """How small or how fast the model is to become. One of the first six is given; without any, a sparsity of 0.5.
+
+    A list of targets, each harder than the one before, makes one run leave a model at each of them.
 
     Attributes:
         sparsity: Share of the prunable parameters (those of all heads and neurons of the dense model) to
             remove, in [0, 1).
+        speedup: How many times faster than the dense model, measured; 1 or more.
+        latency_ms: Milliseconds of one forward pass, measured.
+        parameters: What may be left of all parameters of the model: their number, or up to 1 their share.
+        flops: Operations of one example at `length`: their number, or up to 1 their share of the dense model's.
+        max_drop: Points that the metric may fall; the fastest model within that is looked for.
+        batch: Examples in a batch when time is measured; by default as in the recipe's `measure`.
+        length: Tokens per example; by default as in `measure`.
+        threads: CPU threads; by default as in `measure`.
+        device: "auto" is where the model is.
+        scope: What is timed and counted: the whole "model", or only its transformer "layers" (without embeddings and head).
     """
 
-    sparsity: float = Field(default=0.5, ge=0, lt=1)
+    sparsity: float | list[float] | None = None
+    speedup: float | list[float] | None = None
+    latency_ms: float | list[float] | None = None
+    parameters: float | list[float] | None = None
+    flops: float | list[float] | None = None
+    max_drop: float | None = Field(default=None, ge=0, le=100)
+    batch: int | None = Field(default=None, ge=1)
+    length: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    device: str = "auto"
+    scope: Literal["model", "layers"] = "model"
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Target:
+        given = [name for name in (*_GOALS, "max_drop") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {', '.join(given)}, not {len(given)}")
+        for name in given:
+            if name == "max_drop":
+                continue
+            low, high, allowed = _GOALS[name]
+            values = self.goals
+            if not values or any(not low <= value < high for value in values):
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+            harder = values if name in ("sparsity", "speedup") else [-value for value in values]
+            if any(later <= earlier for earlier, later in itertools.pairwise(harder)):
+                raise ValueError(f"{name} lists {values}: each target must be harder than the one before, and none twice")
+        return self
+
+    @property
+    def quantity(self) -> str:
+        """Name of what is given: "sparsity", "speedup", "latency_ms", "parameters", "flops" or "max_drop"."""
+        return next((name for name in (*_GOALS, "max_drop") if getattr(self, name) is not None), "sparsity")
+
+    @property
+    def goals(self) -> list[float]:
+        """The values to reach, one after the other; empty for max_drop."""
+        if self.quantity == "max_drop":
+            return []
+        value = getattr(self, self.quantity)
+        return [0.5] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+# Goal to (lowest value, upper bound that is not reached, words).
+_GOALS: dict[str, tuple[float, float, str]] = {
+    "sparsity": (0.0, 1.0, "in [0, 1)"),
+    "speedup": (1.0, 1e6, "1 or more"),
+    "latency_ms": (1e-6, 1e9, "above 0"),
+    "parameters": (1e-9, 1e15, "above 0"),
+    "flops": (1e-9, 1e21, "above 0"),
+}
+
+
+class CriterionConfig(Section):
+    """How units are ranked.
+
+    Attributes:
+        name: "obs" removes units one after the other so that the rest can make up for them best, and weighs errors by what they
+            do to the predictions; "first_order" reads the importance off the gradients of training, which costs nothing; all
+            others are listed in `hfcompress.pruning.CRITERIA`.
+        samples: Training examples that a criterion looks at which needs more than the gradients of training, and that
+            repair uses.
+    """
+
+    name: CriterionName = "obs"
+    samples: int = Field(default=512, ge=1)
 
 
 class ScheduleConfig(Section):
@@ -148,11 +241,14 @@ class PerKind(Section):
     neurons: int = Field(default=1, ge=0)
 
 
-class MultipleOf(PerKind):
-    """Counts left in a sublayer are multiples of these, or the full count."""
+class MultipleOf(Section):
+    """Counts left in a sublayer are multiples of these, or the full count.
+
+    "auto" is what the device computes fast.
+    """
 
     heads: int = Field(default=1, ge=1)
-    neurons: int = Field(default=8, ge=1)
+    neurons: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
 
 
 class AtLeast(PerKind):
@@ -163,14 +259,17 @@ class AtLeast(PerKind):
 
 
 class PruneConfig(Section):
-    """Gradual structured pruning during training.
+    """Structured pruning.
 
     Attributes:
-        target: The budget.
-        units: What may be removed.
-        criterion: How units are ranked: "first_order" (gradient of the gates), "magnitude" or "random".
-        schedule: When.
-        scope: "global" ranks all units in one list, by score per parameter; "site" takes the same share everywhere.
+        target: How small or fast.
+        units: What may be removed: "heads" and "neurons" one by one, whole attention or feed-forward "sublayers", whole
+            "layers".
+        criterion: How units are ranked; a name, or a mapping with its settings.
+        repair: Refit what stays by least squares after each cut, on `criterion.samples` examples. None does so where
+            the criterion looks at examples anyway.
+        schedule: When, during training.
+        scope: "global" takes what costs least loss anywhere; "site" takes the same share everywhere.
         multiple_of: Counts left are multiples of these.
         at_least: What every sublayer keeps.
         uniform: Make all layers alike and use only what the architecture's own config can say, so that the
@@ -182,7 +281,8 @@ class PruneConfig(Section):
 
     target: Target = Target()
     units: list[UnitKind] = Field(default=["heads", "neurons"], min_length=1)
-    criterion: Literal["first_order", "magnitude", "random"] = "first_order"
+    criterion: CriterionConfig = CriterionConfig()
+    repair: bool | None = None
     schedule: ScheduleConfig = ScheduleConfig()
     scope: Literal["global", "site"] = "global"
     multiple_of: MultipleOf = MultipleOf()
@@ -190,10 +290,21 @@ class PruneConfig(Section):
     uniform: bool = False
     cut: Literal["gradual", "end"] = "gradual"
 
+    @field_validator("criterion", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
-    def _units_once(self) -> PruneConfig:
+    def _fits_together(self) -> PruneConfig:
         if len(set(self.units)) != len(self.units):
             raise ValueError(f"units names a kind twice: {self.units}")
+        if self.uniform and "layers" in self.units:
+            raise ValueError("uniform and units: layers cannot be had together; drop layers in a run of its own")
+        if self.scope == "site" and {"sublayers", "layers"} & set(self.units):
+            raise ValueError("scope: site takes the same share everywhere, so whole sublayers or layers cannot go; use global")
+        if self.cut == "end" and ("layers" in self.units or self.repair or len(self.target.goals) > 1):
+            raise ValueError("cut: end only closes heads, neurons and sublayers for one target; use cut: gradual")
         return self
 
 

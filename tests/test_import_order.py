@@ -16,7 +16,7 @@ PACKAGE = Path(hfcompress.__file__).parent
 SCRIPTS = PACKAGE.parent / "scripts"
 
 _BELOW = {"config", "anatomy", "measurement"}
-_MIDDLE = _BELOW | {"tasks", "distillation", "pruning", "quantization", "checkpoints"}
+_MIDDLE = _BELOW | {"calibration", "tasks", "distillation", "pruning", "quantization", "vocabulary", "checkpoints"}
 # Component to the components it may import from. A new one has to find its place here.
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
@@ -24,10 +24,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measurement": {"config", "anatomy"},
     "tasks": {"config", "measurement"},
     "distillation": _BELOW,
-    "pruning": _BELOW,
+    # Looking at a model on sample data; what it is seen to do is for pruning and quantization alike.
+    "calibration": {"config", "anatomy"},
+    "pruning": _BELOW | {"calibration"},
     "checkpoints": _BELOW,
     # It writes its step into the record of what it loads; nothing in checkpoints knows of it.
     "quantization": _BELOW | {"checkpoints"},
+    # Embeddings and tokenizer; it records its step as quantization does.
+    "vocabulary": _BELOW | {"checkpoints"},
     "hub": _MIDDLE,
     "training": _MIDDLE | {"hub"},  # trainers push; the hub knows nothing of trainers
     "runs": _MIDDLE | {"training", "hub"},
@@ -160,7 +164,7 @@ def test_the_table_has_no_circles():
         assert free, f"these import each other: {sorted(rest)}"
         placed |= free
         rest = {name: others for name, others in rest.items() if name not in free}
-    methods = {"distillation", "pruning", "quantization"}
+    methods = {"distillation", "pruning", "quantization", "vocabulary"}
     assert not any(MAY_IMPORT[one] & methods for one in {*methods, "checkpoints"})
 
 
@@ -196,6 +200,7 @@ BASE = {"hfcompress": ("", True)} | {
         ("hfcompress.pruning.gates", "from hfcompress.distillation import losses", "hfcompress.distillation.losses"),
         ("hfcompress.quantization", "from hfcompress.pruning import cut", "hfcompress.pruning.cut"),
         ("hfcompress.distillation.a", "from hfcompress.checkpoints import io", "hfcompress.checkpoints.io"),
+        ("hfcompress.vocabulary.a", "from hfcompress.pruning import cut", "hfcompress.pruning.cut"),
         ("hfcompress.checkpoints.io", "from hfcompress.pruning.plan import Plan", "hfcompress.pruning.plan.Plan"),
         ("hfcompress.measurement.flops", "from hfcompress.tasks import x", "hfcompress.tasks.x"),
         ("hfcompress.tasks.text", "from hfcompress.anatomy import x", "hfcompress.anatomy.x"),

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfcompress.anatomy.sites import Family, Site
+from hfcompress.anatomy.sites import Family, Site, Stack
 
 logger = logging.getLogger(__name__)
 
 
-def uniform_config(config: Any, family: Family, *, heads: Site, neurons: Site, units: tuple[int, int]) -> Any | None:
-    """A config that says: so many heads and so many neurons in every layer. None if the architecture has no words for it.
+def uniform_config(
+    config: Any, family: Family, sites: Sequence[Site], *, units: Mapping[str, int] | None = None
+) -> Any | None:
+    """A config that says how many units every site has. None if the architecture has no words for it.
 
-    The answer is only as good as the architecture's own validation; `portable_config` builds a model to be sure.
+    Sites that one field describes must have the same number of units; encoders and decoders, or two towers, may have
+    fields of their own. The answer is only as good as the architecture's own validation; `portable_config` builds a model
+    to be sure.
 
     Args:
         config: The config to start from; left as it is.
         family: Its family.
-        heads: Any of the model's sites of heads with units left.
-        neurons: Any of its sites of neurons.
-        units: Units of heads and of neurons that every layer has.
+        sites: All sites of the model.
+        units: Site name to units, where they are others than now.
 
     Returns:
         The new config, or None.
@@ -30,42 +34,67 @@ def uniform_config(config: Any, family: Family, *, heads: Site, neurons: Site, u
         >>> from transformers import BertConfig, BertModel
         >>> from hfcompress.anatomy import family_of, find_sites
         >>> model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64))
-        >>> heads, neurons = find_sites(model)
-        >>> uniform_config(model.config, family_of(model), heads=heads, neurons=neurons, units=(4, 16)).intermediate_size
+        >>> ask = lambda units: uniform_config(model.config, family_of(model), find_sites(model), units=units)
+        >>> ask({"encoder.0.neurons": 16}).intermediate_size
         16
-        >>> uniform_config(model.config, family_of(model), heads=heads, neurons=neurons, units=(3, 16)) is None
+        >>> ask({"encoder.0.heads": 3}) is None
         True
     """
-    groups, count = units
     config = copy.deepcopy(config)
-    if not groups or not count:
-        return None
-    per_group = heads.query_heads
-    if family.head_dim_key is None and groups * per_group != getattr(config, family.heads_key):
-        return None
+    said: dict[tuple[str, str], int | float] = {}
     try:
-        if family.head_dim_key is not None:
-            setattr(config, family.head_dim_key, heads.width // per_group)
-        setattr(config, family.heads_key, groups * per_group)
-        if family.kv_heads_key is not None:
-            setattr(config, family.kv_heads_key, groups)
-        if not _set_width(config, family, count, before=neurons.units):
-            return None
+        for site in sites:
+            count = site.units if units is None else units.get(site.name, site.units)
+            stack = next(s for s in family.stacks if s.name == site.stack.partition(".")[0])
+            part = getattr(config, stack.config) if stack.config else config
+            fields = (
+                _heads(part, family, stack, site, count)
+                if site.kind == "heads"
+                else _width(part, family, stack, site, count)
+            )
+            if not count or fields is None:
+                return None
+            for field, value in fields.items():
+                if said.setdefault((stack.config, field), value) != value:
+                    return None
+        for (part_name, field), value in said.items():
+            setattr(getattr(config, part_name) if part_name else config, field, value)
         return type(config).from_dict(config.to_dict())
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         # Strict configs validate what is set and what is read back, with errors of many kinds; the answer is then no.
-        logger.debug("%s does not take %s heads and %s neurons: %s", type(config).__name__, groups, count, error)
+        logger.debug("%s does not take these shapes: %s", type(config).__name__, error)
         return None
 
 
-def _set_width(config: Any, family: Family, count: int, *, before: int) -> bool:
-    """Write the number of neurons; False if the config cannot say it."""
-    if family.width_key is None:
-        return count == before
+def _heads(config: Any, family: Family, stack: Stack, site: Site, groups: int) -> dict[str, int] | None:
+    """Fields for a number of heads (or key-value groups); None if the config cannot say it."""
+    key = family.heads_key if stack.heads_key is None else stack.heads_key
+    heads = groups * site.query_heads
+    if family.head_dim_key is None:
+        # The head dimension follows from the number of heads, so that must stay; a list has one number for each stage.
+        now = getattr(config, key)
+        if heads != now and not isinstance(now, list | tuple):
+            return None
+        return {} if groups == site.units else None
+    fields = {family.head_dim_key: site.width // site.query_heads, key: heads}
+    return fields | ({} if family.kv_heads_key is None else {family.kv_heads_key: groups})
+
+
+def _width(config: Any, family: Family, stack: Stack, site: Site, count: int) -> dict[str, int | float] | None:
+    """The field for a number of neurons; None if the config cannot say it."""
+    key = family.width_key if stack.width_key is None else stack.width_key
+    if key is None:
+        return {} if count == site.units else None
     if not family.width_per_hidden:
-        setattr(config, family.width_key, count)
-        return True
-    if count % config.hidden_size:
-        return count == before
-    setattr(config, family.width_key, count // config.hidden_size)
-    return True
+        return {key: count}
+    if count % site.hidden == 0 or isinstance(getattr(config, key), float):
+        value = count / site.hidden
+        return {key: value if isinstance(getattr(config, key), float) else int(value)}
+    return {} if count == site.units else None
+
+
+def forget_per_layer(config: Any) -> None:
+    """Drop per-layer settings that an earlier save left in a config, in place; they are computed anew when it is saved."""
+    if getattr(config, "is_heterogeneous", False):
+        config.per_layer_config = None
+    config.__dict__.pop("allow_global_per_layer_attribute_access", None)

@@ -55,10 +55,12 @@ def _build_as_recorded(original: Any) -> Any:
     def post_init(self: Any) -> None:
         record = getattr(self.config, "hfcompress", None)
         if record is not None:
-            from hfcompress.anatomy import apply_record, check_record, family_of
+            from hfcompress.anatomy import apply_hidden, apply_record, check_record, family_of
+            from hfcompress.anatomy.sites import recorded_hidden
 
-            if check_record(record):
+            if check_record(record) or recorded_hidden(record):
                 apply_record(self, family_of(self), record)
+                apply_hidden(self, family_of(self), record)
         original(self)
 
     post_init.hfcompress = True  # type: ignore[attr-defined]

@@ -1,7 +1,10 @@
 """The record: what was done to a base model, in order. It lives in `config.hfcompress`, so in `config.json` beside the
 weights, and travels with the model through every save, load and push.
 
-    {"version": 1, "units": {"encoder.0.heads": [6, 12], ...}, "steps": [{"step": "prune", ...}, ...]}
+    {"version": 1, "units": {"encoder.0.heads": [6, 12], ...}, "layers": {"encoder": [4, 6]}, "hidden": [320, 384],
+     "steps": [{"step": "prune", ...}, ...]}
+
+All but the version may be absent. Layers are there for information: the plain config says how many there are.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hfcompress.anatomy import StructureError, check_record
-from hfcompress.anatomy.sites import RECORD_VERSION
+from hfcompress.anatomy.sites import RECORD_VERSION, recorded_hidden, recorded_layers
 
 _MAX_STEPS = 1000
 
@@ -64,3 +67,34 @@ def read_units(config: Any) -> dict[str, tuple[int, int]]:
     """
     record = getattr(config, "hfcompress", None)
     return {} if record is None else check_record(record)
+
+
+def read_layers(config: Any) -> dict[str, tuple[int, int]]:
+    """Stack name to (layers left, layers before) as recorded; empty if none were dropped.
+
+    Raises:
+        StructureError: The record is not valid.
+    """
+    record = getattr(config, "hfcompress", None)
+    check_record({"version": RECORD_VERSION} if record is None else record)
+    return {} if record is None else recorded_layers(record)
+
+
+def read_hidden(config: Any) -> tuple[int, int] | None:
+    """Hidden features (left, before) as recorded; None if none were cut, or if the plain config says it.
+
+    Raises:
+        StructureError: The record is not valid.
+    """
+    record = getattr(config, "hfcompress", None)
+    check_record({"version": RECORD_VERSION} if record is None else record)
+    return None if record is None else recorded_hidden(record)
+
+
+def needs_building(config: Any) -> bool:
+    """Whether a config records shapes that the plain class does not build: units or hidden features that are gone.
+
+    Raises:
+        StructureError: The record is not valid.
+    """
+    return bool(read_units(config)) or read_hidden(config) is not None

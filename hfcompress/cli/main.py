@@ -15,9 +15,11 @@ import hfcompress
 _EPILOG = """\
 examples:
   hfcompress run configs/bert_sst2.yaml              train, prune, distil, quantize, measure, card
+  hfcompress prune ./bert-sst2 --data train.csv --speedup 1.5 --output ./fast
   hfcompress inspect ./runs/bert-sst2/student        what is left in each layer
   hfcompress measure ./runs/bert-sst2/student        size and latency
   hfcompress quantize ./runs/bert-sst2/student --preset nf4
+  hfcompress vocabulary ./runs/bert-sst2/student --data train.csv --output ./smaller
   hfcompress push ./runs/bert-sst2/student me/bert-sst2-small --private
 
 Each command explains itself: hfcompress COMMAND --help. HFCOMPRESS_DEBUG=1 shows tracebacks.
@@ -60,6 +62,46 @@ examples:
     run.add_argument("recipe", help="the YAML file")
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change a value of the recipe")
     run.add_argument("--restart", action="store_true", help="throw away what an earlier run left in the output folder")
+
+    prune = _add(
+        commands,
+        "prune",
+        _prune,
+        "Prune a model without training: rank, cut and repair it, in minutes.",
+        """\
+Units are removed where they cost least for the speed that is asked for, as measured on this machine, and what stays is refitted so that
+every layer gives what it gave before. Labels are not needed for that, only examples; with labels the result is scored. Beyond
+about twice the speed, train the result: `hfcompress run` with a recipe prunes while it fine-tunes and distils.
+
+examples:
+  hfcompress prune ./bert-sst2 --data train.csv --eval dev.csv --speedup 1.5 --output ./bert-sst2-fast
+  hfcompress prune user/model --data train.parquet --max-drop 1.0 --output ./small
+  hfcompress prune ./smollm --data wiki.txt --parameters 0.8 --length 512 --samples 128 --output ./smaller
+  hfcompress prune ./vit --data images/ --flops 0.6 --units heads neurons sublayers --output ./vit-60
+""",
+    )
+    _data_arguments(prune)
+    goal = prune.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--speedup", type=_number, help="times faster than now, measured")
+    goal.add_argument("--latency-ms", type=_number, help="milliseconds of a forward pass, measured")
+    goal.add_argument("--sparsity", type=_number, help="share of the parameters of all heads and neurons to remove")
+    goal.add_argument("--parameters", type=_number, help="parameters left: their number, or up to 1 their share")
+    goal.add_argument("--flops", type=_number, help="operations left per example: their number, or up to 1 their share")
+    goal.add_argument("--max-drop", type=_number, help="find the fastest model that loses no more points than this")
+    prune.add_argument("--output", required=True, help="folder to write")
+    prune.add_argument(
+        "--units",
+        nargs="+",
+        default=["heads", "neurons", "sublayers"],
+        choices=["heads", "neurons", "sublayers", "layers"],
+        help="what may go (default: heads neurons sublayers)",
+    )
+    prune.add_argument("--criterion", default="obs", help="how units are ranked (default obs)")
+    prune.add_argument("--no-repair", action="store_true", help="leave the weights that stay as they are")
+    prune.add_argument("--scope", default="model", choices=["model", "layers"], help="what is timed (default model)")
+    prune.add_argument(
+        "--uniform", action="store_true", help="make all layers alike, so that plain transformers loads it"
+    )
 
     measure = _add(
         commands,
@@ -130,6 +172,41 @@ examples:
         help="of everything that is not quantized (default: as saved)",
     )
 
+    vocabulary = _add(
+        commands,
+        "vocabulary",
+        _vocabulary,
+        "Remove the tokens that your texts do not use from tokenizer and embeddings.",
+        """\
+The tokens of the texts are counted and the frequent ones stay, with special tokens and all characters or bytes, so that any
+other text can still be encoded, in more pieces. Texts whose tokens all stay are encoded as before and give the same outputs.
+The result loads like the original. Give texts like those that the model is for, the more the better.
+
+examples:
+  hfcompress vocabulary ./student --data train.parquet --output ./student-small-vocabulary
+  hfcompress vocabulary ./student --data train.csv more.txt --text sentence --coverage 1 --output ./smaller
+  hfcompress vocabulary user/model --data reviews.jsonl --size 16000 --output ./smaller
+""",
+    )
+    vocabulary.add_argument("model", help="folder or Hub repository")
+    vocabulary.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="csv, tsv, json, jsonl, parquet, or txt (a text a line)",
+    )
+    vocabulary.add_argument("--text", nargs="+", default=[], metavar="COLUMN", help="columns of text (default: found)")
+    how_many = vocabulary.add_mutually_exclusive_group()
+    how_many.add_argument("--size", type=_positive, default=None, help="number of tokens that stay")
+    how_many.add_argument(
+        "--coverage",
+        type=_share,
+        default=None,
+        help="share of the tokens in the texts that stay, above 0 and at most 1 (default 0.999)",
+    )
+    vocabulary.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+
     push = _add(
         commands,
         "push",
@@ -159,6 +236,27 @@ examples:
     return parser
 
 
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What commands share that look at a model on examples."""
+    parser.add_argument("model", help="folder or Hub repository")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="examples to look at: csv, json, parquet, txt, images"
+    )
+    parser.add_argument(
+        "--eval", default=None, metavar="FILE", help="examples to score on (default: a tenth of --data)"
+    )
+    parser.add_argument("--text", nargs="+", default=None, metavar="COLUMN", help="columns of text (default: found)")
+    parser.add_argument("--image", default=None, metavar="COLUMN", help="column of images (default: found)")
+    parser.add_argument("--label", default=None, metavar="COLUMN", help="column of labels (default: found)")
+    parser.add_argument("--samples", type=_positive, default=2048, help="examples to look at (default 2048)")
+    parser.add_argument("--max-eval", type=_positive, default=None, help="score on at most so many examples")
+    parser.add_argument("--length", type=_positive, default=64, help="tokens per example, also when timed (default 64)")
+    parser.add_argument("--batch", type=_positive, default=32, help="examples in a batch when timed (default 32)")
+    parser.add_argument("--threads", type=_positive, default=None, help="CPU threads when timed (default: as torch)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
+    parser.add_argument("--seed", type=int, default=42, help="of the choice of examples (default 42)")
+
+
 def _add(commands: Any, name: str, function: Callable[..., int], text: str, epilog: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -171,6 +269,23 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: must be a whole number of 1 or more")
     return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: must be a number") from None
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: must be a number above 0 and at most 1")
+    return share
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -224,6 +339,64 @@ def _run(options: argparse.Namespace) -> int:
         print(draw_layers(units), end="\n\n")
     print(format_rows(rows))
     print(f"\nReady to push: {student if student.is_dir() else run.output} (hfcompress push FOLDER user/name)")
+    return 0
+
+
+def _data(options: argparse.Namespace) -> dict[str, Any]:
+    """The sections `data` and `measure` of a recipe, from the command line."""
+    text = options.text[0] if options.text and len(options.text) == 1 else options.text
+    return {
+        "data": {
+            "train": options.data,
+            "eval": options.eval,
+            "text": text,
+            "image": options.image,
+            "label": options.label,
+            "max_length": options.length,
+            "max_eval": options.max_eval,
+        },
+        "measure": {name: getattr(options, name) for name in ("batch", "length", "threads", "device")},
+        "seed": options.seed,
+    }
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from hfcompress.config import Recipe
+    from hfcompress.hub.picture import draw_layers
+    from hfcompress.runs import format_rows
+    from hfcompress.runs.post_training import prune_folder
+    from hfcompress.tasks.errors import DataError
+
+    goals = ("speedup", "latency_ms", "sparsity", "parameters", "flops", "max_drop")
+    goal = next(name for name in goals if getattr(options, name) is not None)
+    section = {
+        "target": {goal: getattr(options, goal), "scope": options.scope},
+        "units": options.units,
+        "criterion": {"name": options.criterion, "samples": options.samples},
+        "repair": not options.no_repair,
+        "uniform": options.uniform,
+    }
+    recipe = Recipe.from_dict({"prune": section, **_data(options)}, source="hfcompress prune")
+    assert recipe.prune is not None and recipe.data is not None
+    target = Path(options.output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is not empty; give another --output")
+    try:
+        rows = prune_folder(
+            options.model,
+            target,
+            recipe.prune,
+            recipe.data,
+            measure=recipe.measure,
+            seed=recipe.seed,
+            command=shlex.join(["hfcompress", *sys.argv[1:]]),
+            say=lambda text: print(f"== {text}", file=sys.stderr),
+        )
+    except DataError as error:
+        raise ValueError(str(error).replace("data.train", "--data").replace("data.", "--")) from None
+    print(draw_layers(_units(str(target))), end="\n\n")
+    print(format_rows(rows))
+    print(f"\n{target}: loads again by every way its card names (hfcompress push {target} user/name)")
     return 0
 
 
@@ -310,6 +483,30 @@ def _quantize(options: argparse.Namespace) -> int:
     load(target)
     before = f" (before: {disk_bytes(options.model) / 1e6:.1f} MB)" if Path(options.model).is_dir() else ""
     print(f"{target}: {disk_bytes(target) / 1e6:.1f} MB{before}; loads again")
+    return 0
+
+
+def _vocabulary(options: argparse.Namespace) -> int:
+    from hfcompress.runs.vocabulary import cut_folder
+    from hfcompress.tasks.corpus import read_corpus
+    from hfcompress.tasks.errors import DataError
+
+    target = Path(options.output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):  # before the data are read
+        raise ValueError(f"{target} is not empty; give another --output")
+    try:
+        texts = read_corpus(options.data, text=options.text, key="--data")
+    except DataError as error:
+        raise ValueError(str(error).replace("data.text", "--text")) from None
+    coverage = 0.999 if options.size is None and options.coverage is None else options.coverage
+    done = cut_folder(options.model, texts, target, size=options.size, coverage=coverage)
+    print(f"{'':<12}{'before':>14}{'after':>14}")
+    for name, pair in (("tokens", done.tokens), ("parameters", done.parameters)):
+        print(f"{name:<12}{pair[0]:>14,}{pair[1]:>14,}{pair[1] / pair[0]:>7.0%}")
+    before, after = done.size_bytes
+    print(f"{'MB':<12}{before / 1e6:>14,.1f}{after / 1e6:>14,.1f}{after / before:>7.0%}")
+    print(f"tokens of the data that stay: {done.tokens_share:.2%}; texts encoded as before: {done.texts_share:.2%}")
+    print(f"{target}: loads again")
     return 0
 
 

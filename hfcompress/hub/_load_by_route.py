@@ -48,7 +48,8 @@ def main() -> None:
             device = next(model.parameters()).device
             with torch.no_grad():
                 outputs = model(**{k: v.to(device) for k, v in inputs.items()})
-            values = next(outputs[key] for key in ("logits", "start_logits", "last_hidden_state") if key in outputs)
+            names = ("logits", "start_logits", "logits_per_image", "last_hidden_state")
+            values = next(outputs[key] for key in names if key in outputs)
             values = values[:, -1] if values.dim() == 3 and values.shape[-1] > 1000 else values
             results[route] = {"difference": float((values.float().cpu() - probe["output"]).abs().max())}
         except Exception as error:  # noqa: BLE001 (whatever happened is the result)

@@ -66,13 +66,17 @@ def save_layers_picture(units: Units, path: str | Path, *, title: str = "What is
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     rows = range(len(layers))
+    several = len({layer.partition(".")[0] for layer in layers}) > 1
+    labels = [layer if several else layer.rpartition(".")[2] for layer in layers]
     for axes, role in zip(figure.subplots(1, len(roles), squeeze=False)[0], roles, strict=True):
         pairs = [units.get(f"{layer}.{role}", (0, 0)) for layer in layers]
         axes.barh(rows, [before for _, before in pairs], color="#d9dde3", height=0.75)
         axes.barh(rows, [left for left, _ in pairs], color="#2b6cb0", height=0.75)
         for row, (left, before) in zip(rows, pairs, strict=True):
+            if f"{layers[row]}.{role}" not in units:
+                continue
             axes.text(before * 1.02, row, f"{left}/{before}", va="center", fontsize=8, color="#333333")
-        axes.set_yticks(rows, [layer.rpartition(".")[2] for layer in layers], fontsize=8)
+        axes.set_yticks(rows, labels, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlim(0, max(before for _, before in pairs) * 1.3 or 1)
         axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= max(before for _, before in pairs)])

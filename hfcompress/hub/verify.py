@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from hfcompress.checkpoints.io import load
-from hfcompress.checkpoints.record import read_units
+from hfcompress.checkpoints.record import needs_building
 from hfcompress.measurement import example_inputs
 
 PROBE_FILE = "hfcompress_probe.safetensors"
@@ -80,26 +80,30 @@ def save_probe(model: nn.Module, folder: str | Path) -> None:
 
 
 def _probe_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        device = next(model.parameters()).device
-        ids = torch.arange(3, 11, device=device).repeat(2, 1) % config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        return {"input_ids": ids, "decoder_input_ids": ids[:, :4].contiguous()}
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+    config: Any = model.config
+    kind = getattr(model, "main_input_name", "input_ids")
+    if kind in ("pixel_values", "input_values"):
         return example_inputs(model, batch=2)
-    return example_inputs(model, batch=2, length=min(12, getattr(config, "max_position_embeddings", 24) // 2))  # type: ignore[operator]
+    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None) or 24
+    inputs = example_inputs(model, batch=2, length=min(12, positions // 2))
+    if "decoder_input_ids" in inputs:  # a few words to begin with
+        inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :4].contiguous()
+    return inputs
+
+
+_PREDICTIONS = ("logits", "start_logits", "logits_per_image", "last_hidden_state")
 
 
 def probe_outputs(outputs: Any) -> torch.Tensor:
     """What is compared: logits (of language models only the last position), or the last hidden state."""
-    values = next(outputs[name] for name in ("logits", "start_logits", "last_hidden_state") if name in outputs)
+    values = next(outputs[name] for name in _PREDICTIONS if name in outputs)
     return values[:, -1] if values.dim() == 3 and values.shape[-1] > 1000 else values
 
 
 def routes_of(folder: str | Path) -> list[str]:
     """The routes by which a folder should load, from what its config says."""
     config = AutoConfig.from_pretrained(folder)
-    if not read_units(config):
+    if not needs_building(config):
         # Without our guard bitsandbytes reads 4-bit weights of some widths wrong on CPUs, so that is not promised.
         return ["load", "auto"] if is_4bit(config) else ["load", "auto", "plain"]
     return ["load", "auto", "remote"]

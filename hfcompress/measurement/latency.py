@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from hfcompress.anatomy import find_layers
+from hfcompress.anatomy import StructureError, family_of
+from hfcompress.anatomy.sites import find_stacks
 
 Scope = Literal["model", "layers"]
 Inputs = Mapping[str, Any]
+_ONE_SECOND = 16_000  # samples, at the rate that speech models are trained on
+Name = TypeVar("Name")
+Sample = TypeVar("Sample", covariant=True)
+
+
+class Runs(Protocol[Sample]):
+    """What can be run once and says how long it took."""
+
+    def run(self) -> Sample:
+        """One run."""
 
 
 @dataclass(frozen=True)
@@ -162,20 +174,20 @@ def compare_latency(
         raise ValueError(f"scope={scope!r} is not known; choose one of {', '.join(map(repr, get_args(Scope)))}")
     if not models:
         raise ValueError("there are no models to time; pass at least one, by name")
-    batch, length = _shape_of(inputs)
+    batch, length = input_shape(inputs)
     with ExitStack() as stack:
-        threads = stack.enter_context(_threads(threads))
-        timers = {name: stack.enter_context(_timer(model, inputs, scope)) for name, model in models.items()}
-        samples_ms = _interleave(timers, rounds=rounds, warmup=warmup)
+        threads = stack.enter_context(torch_threads(threads))
+        timers = {name: stack.enter_context(timed(model, inputs, scope)) for name, model in models.items()}
+        samples_ms = interleave(timers, rounds=rounds, warmup=warmup)
     return {
         name: _summarize(
             samples_ms[name],
             warmup=warmup,
             batch=batch,
             length=length,
-            device=device_name(_placement(model)[0]),
+            device=device_name(placement(model)[0]),
             threads=threads,
-            dtype=str(_placement(model)[1]).removeprefix("torch."),
+            dtype=str(placement(model)[1]).removeprefix("torch."),
             scope=scope,
         )
         for name, model in models.items()
@@ -214,19 +226,21 @@ def speedup(baseline: Latency, other: Latency) -> Speedup:
 def example_inputs(
     model: nn.Module, *, batch: int = 1, length: int | None = None, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random inputs that a model accepts, on its device: token ids without padding, or images.
+    """Random inputs that a model accepts, on its device: token ids without padding, images, or sound.
 
     Args:
-        model: A transformers model for text (encoder or decoder) or images, with any head on top.
+        model: A transformers model for text, images, both (two towers) or speech, with any head on top.
         batch: Rows, at least 1.
-        length: Tokens per row, at least 1 and at most what the model has positions for. Not used for images,
-            which have the size that the config says.
+        length: Tokens per row, at least 1 and at most what the model has positions for; of encoder-decoders on both
+            sides, of speech-to-text models in the decoder (None: 1). Samples per row for models that read sound as it is
+            (None: one second). Not used for images, which have the size that the config says.
         seed: The same seed gives the same inputs.
 
     Returns:
         For text `input_ids` in [0, vocabulary) without the padding id, and `attention_mask` of ones, both
-        int64 (batch, length). For images `pixel_values`, standard normal, (batch, channels, height, width) in
-        the floating type of the model.
+        int64 (batch, length); for encoder-decoders also `decoder_input_ids`. For images `pixel_values`, standard
+        normal, (batch, channels, height, width) in the floating type of the model; for two towers both. For speech
+        `input_values` (batch, length), or `input_features` (batch, mel bins, frames) with `decoder_input_ids`.
 
     Raises:
         ValueError: The model takes other inputs, a number is out of range, or the text is too long for it.
@@ -239,25 +253,31 @@ def example_inputs(
     """
     kind = getattr(model, "main_input_name", None)
     config: Any = getattr(model, "config", None)
-    if kind not in ("input_ids", "pixel_values") or getattr(config, "is_encoder_decoder", False):
+    known = kind in ("input_ids", "pixel_values", "input_values")
+    if not known and (kind != "input_features" or not hasattr(config, "max_source_positions")):
         raise ValueError(
-            f"{type(model).__name__} (main input {kind!r}) is no text encoder, text decoder or "
-            "vision transformer; build its inputs by hand"
+            f"{type(model).__name__} (main input {kind!r}) reads neither text, images nor sound; build its inputs by hand"
         )
     if batch < 1:
         raise ValueError(f"batch={batch}: need at least 1 row")
-    device, dtype = _placement(model)
+    device, dtype = placement(model)
     generator = torch.Generator().manual_seed(seed)
-    if kind == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.randn((batch, config.num_channels, height, width), generator=generator)
-        return {"pixel_values": pixels.to(device, dtype)}
-    limit = _usable_positions(model)
-    if length is None or not 1 <= length <= limit:
-        raise ValueError(f"length={length}: {type(model).__name__} takes 1 to {limit} tokens per row")
-    ids = _token_ids(config, (batch, length), generator)
-    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)}
+    inputs: dict[str, torch.Tensor] = {}
+    if kind == "input_values":
+        inputs["input_values"] = torch.randn((batch, length or _ONE_SECOND), generator=generator)
+    if kind == "input_features":
+        # The encoder halves the number of frames.
+        frames = 2 * config.max_source_positions
+        inputs["input_features"] = torch.randn((batch, config.num_mel_bins, frames), generator=generator)
+    if kind == "pixel_values" or (hasattr(config, "vision_config") and _takes(model, "pixel_values")):
+        inputs["pixel_values"] = torch.randn(_image_shape(config, batch), generator=generator)
+    if kind == "input_ids":
+        ids = _token_ids(model, batch, length, generator)
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False) and _takes(model, "decoder_input_ids"):
+        tokens = 1 if length is None and kind != "input_ids" else length
+        inputs["decoder_input_ids"] = _token_ids(model, batch, tokens, generator)
+    return {name: _move(value, device, dtype) for name, value in inputs.items()}
 
 
 def device_name(device: torch.device | str) -> str:
@@ -284,21 +304,22 @@ def device_name(device: torch.device | str) -> str:
     return next(filter(None, names), "") or platform.processor() or platform.machine() or "CPU"
 
 
-class _Timer:
+class Timer:
     """Runs one forward pass of a model and says how long it, or its layers, took."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, layers: list[nn.Module] | None) -> None:
-        device, dtype = _placement(model)
+    def __init__(self, model: nn.Module, inputs: Inputs, stacks: Sequence[Sequence[nn.Module]] | None) -> None:
+        device, dtype = placement(model)
         self.model = model
         self.inputs = {name: _move(value, device, dtype) for name, value in inputs.items()}
-        self.layers = layers
+        self.stacks = stacks
         self.device = device
+        self.clock: Callable[[], float] | None = None  # another one than time.perf_counter
         self.start_s = self.stop_s = math.nan
 
     def run(self) -> float:
         """Time of one forward pass in milliseconds."""
         self.start_s = self.stop_s = math.nan
-        if self.layers is None:
+        if self.stacks is None:
             self._start()
             self.model(**self.inputs)
             self._stop()
@@ -310,34 +331,38 @@ class _Timer:
 
     def _start(self, *_: object) -> None:
         if math.isnan(self.start_s):  # a layer that is used again has begun already
-            self.start_s = self._now()
+            self.start_s = self.now()
 
     def _stop(self, *_: object) -> None:
-        self.stop_s = self._now()
+        self.stop_s = self.now()
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds on the clock, once the device has done what it was given."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
+        return time.perf_counter() if self.clock is None else self.clock()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Start at the first layer and stop at the last, outside of the hooks that are there already."""
-        if self.layers is None:
-            yield
-            return
-        first = self.layers[0].register_forward_pre_hook(self._start, prepend=True)
-        last = self.layers[-1].register_forward_hook(self._stop)
+        """Start at the first layer and stop at the last, outside of the hooks that are there already.
+
+        Which of several stacks runs first is for the model to say.
+        """
+        handles = []
+        for layers in self.stacks or ():
+            handles.append(layers[0].register_forward_pre_hook(self._start, prepend=True))
+            handles.append(layers[-1].register_forward_hook(self._stop))
         try:
             yield
         finally:
-            first.remove()
-            last.remove()
+            for handle in handles:
+                handle.remove()
 
 
 @contextmanager
-def _timer(model: nn.Module, inputs: Inputs, scope: Scope) -> Iterator[_Timer]:
-    timer = _Timer(model, inputs, find_layers(model) if scope == "layers" else None)
+def timed(model: nn.Module, inputs: Inputs, scope: Scope) -> Iterator[Timer]:
+    """A timer for a model in evaluation mode; its modes and hooks are as before afterwards."""
+    timer = Timer(model, inputs, _stacks(model) if scope == "layers" else None)
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -349,7 +374,8 @@ def _timer(model: nn.Module, inputs: Inputs, scope: Scope) -> Iterator[_Timer]:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[int]:
+def torch_threads(threads: int | None) -> Iterator[int]:
+    """So many threads within an operation, or as many as before; how many there are."""
     before = torch.get_num_threads()
     try:
         if threads is not None:
@@ -359,18 +385,19 @@ def _threads(threads: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _interleave(timers: Mapping[str, _Timer], *, rounds: int, warmup: int) -> dict[str, list[float]]:
-    samples_ms: dict[str, list[float]] = {name: [] for name in timers}
+def interleave(timers: Mapping[Name, Runs[Sample]], *, rounds: int, warmup: int) -> dict[Name, list[Sample]]:
+    """Run each once in every round, in rotating order; what is returned in the rounds after the warm-up."""
+    samples: dict[Name, list[Sample]] = {name: [] for name in timers}
     names = itertools.cycle(timers)
     # Not inference_mode: bitsandbytes replaces biases in forward, which could then never be trained again.
     with torch.no_grad():
         for round_ in range(warmup + rounds):
             for name in itertools.islice(names, len(timers)):
-                sample_ms = timers[name].run()
+                sample = timers[name].run()
                 if round_ >= warmup:
-                    samples_ms[name].append(sample_ms)
+                    samples[name].append(sample)
             next(names)  # the next round begins with another model
-    return samples_ms
+    return samples
 
 
 def _summarize(samples_ms: list[float], **conditions: Any) -> Latency:
@@ -385,7 +412,7 @@ def _summarize(samples_ms: list[float], **conditions: Any) -> Latency:
     )
 
 
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device of the first parameter, type of the first floating one."""
     parameters = list(model.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
@@ -399,7 +426,8 @@ def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
-def _shape_of(inputs: Inputs) -> tuple[int, int | None]:
+def input_shape(inputs: Inputs) -> tuple[int, int | None]:
+    """Rows, and tokens per row (None for images)."""
     tensors = [value for value in inputs.values() if torch.is_tensor(value) and value.dim() > 0]
     if not tensors:
         raise ValueError(f"inputs ({', '.join(inputs) or 'empty'}) hold no tensor; pass what the model's forward takes")
@@ -407,9 +435,35 @@ def _shape_of(inputs: Inputs) -> tuple[int, int | None]:
     return tensors[0].shape[0], None if tokens is None else tokens.shape[1]
 
 
+def _stacks(model: nn.Module) -> list[Sequence[nn.Module]]:
+    """The layers of each stack of a model.
+
+    Raises:
+        StructureError: The architecture is not known.
+    """
+    stacks = find_stacks(model, family_of(model))
+    if stacks is None:
+        raise StructureError(f"{type(model).__name__} is only a part of a model; pass the whole model")
+    return [list(layers) for _, _, layers in stacks if len(layers)]
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward has such an argument; what wraps a model and passes all on does."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or not {"input_ids", "input_features", "pixel_values"} & set(parameters)
+
+
+def _image_shape(config: Any, batch: int) -> tuple[int, int, int, int]:
+    config = getattr(config, "vision_config", config)
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return batch, config.num_channels, height, width
+
+
 def _usable_positions(model: nn.Module) -> int:
-    config: Any = model.config
+    config: Any = getattr(model.config, "text_config", model.config)
     limit: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    limit = getattr(config, "max_target_positions", None) or limit  # of the decoder, where the encoder reads sound
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from the padding id + 1.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
@@ -417,7 +471,12 @@ def _usable_positions(model: nn.Module) -> int:
     return limit
 
 
-def _token_ids(config: Any, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+def _token_ids(model: nn.Module, batch: int, length: int | None, generator: torch.Generator) -> torch.Tensor:
+    limit = _usable_positions(model)
+    if length is None or not 1 <= length <= limit:
+        raise ValueError(f"length={length}: {type(model).__name__} takes 1 to {limit} tokens per row")
+    config: Any = getattr(model.config, "text_config", model.config)
+    shape = (batch, length)
     pad = getattr(config, "pad_token_id", None)
     if pad is None or not 0 <= pad < config.vocab_size:
         return torch.randint(config.vocab_size, shape, generator=generator)

@@ -1,15 +1,22 @@
 """Structured pruning: gates, criteria, schedules, allocation, and the cut."""
 
 from hfcompress.pruning.allocation import BudgetError, allocate
-from hfcompress.pruning.criteria import CRITERIA, Evidence
+from hfcompress.pruning.budgets import Budget, make_budget
+from hfcompress.pruning.criteria import CRITERIA
+from hfcompress.pruning.curves import Curve
+from hfcompress.pruning.evidence import Evidence
 from hfcompress.pruning.gates import Gates, gate_gradients
 from hfcompress.pruning.plan import Plan, cut, original_units
 from hfcompress.pruning.pruner import Pruner
+from hfcompress.pruning.repair import repair
 from hfcompress.pruning.schedules import make_schedule, update_steps
+from hfcompress.pruning.stream import stream_gradients, stream_magnitude
 
 __all__ = [
     "CRITERIA",
+    "Budget",
     "BudgetError",
+    "Curve",
     "Evidence",
     "Gates",
     "Plan",
@@ -17,7 +24,11 @@ __all__ = [
     "allocate",
     "cut",
     "gate_gradients",
+    "make_budget",
     "make_schedule",
     "original_units",
+    "repair",
+    "stream_gradients",
+    "stream_magnitude",
     "update_steps",
 ]

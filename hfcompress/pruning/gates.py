@@ -41,10 +41,11 @@ class Gates:
         self._model = model
         self._handles = []
         for site in self.sites.values():
-            reader = model.get_submodule(site.reader)
-            device = reader.weight.device
+            readers = [model.get_submodule(path) for path in site.readers]
+            device = readers[0].weight.device
             self.values[site.name] = torch.ones(site.units, device=device)  # type: ignore[arg-type]
-            self._handles.append(reader.register_forward_pre_hook(self._hook(site.name, site.width)))
+            hook = self._hook(site.name, site.width)
+            self._handles += [reader.register_forward_pre_hook(hook) for reader in readers]
 
     def _hook(self, name: str, width: int) -> Callable[..., tuple[torch.Tensor, ...]]:
         def multiply(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -90,11 +91,12 @@ class Gates:
             closed = (self.values[name].detach() == 0).repeat_interleave(site.width)
             if not bool(closed.any()):
                 continue
-            reader = self._model.get_submodule(site.reader)
-            # A linear layer keeps input features in columns, transformers' Conv1D in rows.
-            columns = (slice(None), closed) if isinstance(reader, nn.Linear) else (closed, slice(None))
-            with torch.no_grad():
-                reader.weight[columns] = 0.0  # type: ignore[index, operator]
+            for path in site.readers:
+                reader = self._model.get_submodule(path)
+                # A linear layer keeps input features in columns, transformers' Conv1D in rows.
+                columns = (slice(None), closed) if isinstance(reader, nn.Linear) else (closed, slice(None))
+                with torch.no_grad():
+                    reader.weight[columns] = 0.0  # type: ignore[index, operator]
 
     def remove(self) -> None:
         """Take the gates off the model; units that were closed count again."""
@@ -108,7 +110,7 @@ def gate_gradients(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.T
 
     A gate g_u scales column u of the reader, so dL/dg_u at 1 is the sum over the column of weight times gradient. No hook
     and no second pass is needed, and whatever the weights' gradients were summed over (accumulated batches, processes)
-    the gates' are too.
+    the gates' are too. Where several readers share a decision, or one is run several times, the gradients add up.
 
     Args:
         model: The model after a backward pass, not wrapped.
@@ -133,16 +135,24 @@ def gate_gradients(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.T
     """
     gradients = {}
     for site in sites:
-        reader = model.get_submodule(site.reader)
-        weight = reader.weight
-        if not weight.requires_grad:
-            raise ValueError(
-                f"{site.reader} is frozen, so the criterion first_order cannot see its units; train it, or use magnitude"
-            )
-        if weight.grad is None:
-            gradients[site.name] = torch.zeros(site.units, device=weight.device)  # type: ignore[arg-type]
-            continue
-        rows = 1 if isinstance(reader, Conv1D) else 0
-        product = (weight.detach().float() * weight.grad.detach().float()).sum(rows)  # type: ignore[operator, union-attr]
-        gradients[site.name] = product.view(site.units, site.width).sum(1)
+        device = model.get_submodule(site.readers[0]).weight.device
+        total = torch.zeros(site.units, device=device)  # type: ignore[arg-type]
+        for path in site.readers:
+            total = total + _reader_gradient(model, path, site).to(total.device)
+        gradients[site.name] = total
     return gradients
+
+
+def _reader_gradient(model: nn.Module, path: str, site: Site) -> torch.Tensor:
+    """What one reader adds to the gradient of the gates of a site, float32, shape (units,)."""
+    reader = model.get_submodule(path)
+    weight: nn.Parameter = reader.weight  # type: ignore[assignment]
+    if not weight.requires_grad:
+        raise ValueError(
+            f"{path} is frozen, so the criterion first_order cannot see its units; train it, or use magnitude"
+        )
+    if weight.grad is None:
+        return torch.zeros(site.units, device=weight.device)
+    rows = 1 if isinstance(reader, Conv1D) else 0
+    product = (weight.detach().float() * weight.grad.detach().float()).sum(rows)
+    return product.view(site.units, site.width).sum(1)

@@ -1,26 +1,74 @@
-"""Gradual pruning of one model: collect importance, renew the plan when it is due, close gates, cut."""
+"""Gradual pruning of one model: collect importance, renew the plan when it is due, close gates, cut, repair."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hfcompress.anatomy import Change, Site, family_of, find_sites, uniform_config
-from hfcompress.config import PruneConfig
-from hfcompress.pruning.allocation import BudgetError, allocate, counts_allowed
-from hfcompress.pruning.criteria import CRITERIA, Evidence
+from hfcompress.anatomy import Change, Site, drop_layers, family_of, find_sites, uniform_config
+from hfcompress.calibration import Batch
+from hfcompress.config import MeasureConfig, PruneConfig
+from hfcompress.measurement.latency_table import fast_multiple
+from hfcompress.pruning.allocation import BudgetError, alike, allocate, counts_allowed
+from hfcompress.pruning.budgets import Budget, Stopwatch, kept_units, make_budget
+from hfcompress.pruning.criteria import CRITERIA
+from hfcompress.pruning.curves import Curve
 from hfcompress.pruning.gates import Gates, gate_gradients
 from hfcompress.pruning.plan import Plan, cut, original_units
+from hfcompress.pruning.ranking import layer_losses, rank_units
+from hfcompress.pruning.repair import repair
 from hfcompress.pruning.schedules import make_schedule, update_steps
 
 logger = logging.getLogger(__name__)
 
 # After each update the importance collected so far counts half: the average spans about two intervals of the schedule.
 _MEMORY = 0.5
+# What a measured time may differ from its target.
+_TOLERANCE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """An update of the plan.
+
+    Attributes:
+        step: Optimizer step after which it is made.
+        goal: Number of the goal on the way to which it is.
+        share: Share of that way.
+    """
+
+    step: int
+    goal: int
+    share: float
+
+
+def due_updates(config: PruneConfig, total_steps: int) -> list[Due]:
+    """All updates of a run: each goal has an equal part of it, with the schedule inside; only the first waits for the start.
+
+    Example:
+        >>> config = PruneConfig(target={"speedup": [2, 4]}, schedule={"name": "linear", "start": 0.2, "end": 0.6, "updates": 2})
+        >>> [(due.step, due.goal, due.share) for due in due_updates(config, 100)]
+        [(20, 0, 0.5), (30, 0, 1.0), (65, 1, 0.5), (80, 1, 1.0)]
+    """
+    goals = max(1, len(config.target.goals))
+    found = []
+    for goal in range(goals):
+        schedule = config.schedule
+        if goal and schedule.name != "constant":
+            schedule = schedule.model_copy(update={"start": 0.0})
+        first, last = (round(total_steps * number / goals) for number in (goal, goal + 1))
+        length = max(1, last - first)
+        steps, share = update_steps(schedule, length), make_schedule(schedule)
+        # At the last update rounding to whole steps must not leave the target a little short.
+        found += [Due(first + step, goal, 1.0 if step == steps[-1] else share(step / length)) for step in steps]
+    return found
 
 
 class Pruner:
@@ -32,11 +80,16 @@ class Pruner:
         model: The model, not wrapped.
         config: What to remove, how much, when.
         total_steps: Optimizer steps of the run, at least 1.
-        seed: For the criterion "random".
-        agree: Makes a tensor the same on all processes, in place (broadcast from the first); None for one process.
+        seed: Of everything random.
+        once: Runs a function on the first process and gives its result to all; None for one process.
+        mean: Takes the mean of a tensor over all processes, in place; None for one process.
+        batches: Gives calibration batches (of this process), where the criterion or repair needs them.
+        budget: What the target means for the model, if it is known already (it may have to be measured).
+        measure: What the target does not say about how time is measured.
 
     Raises:
         BudgetError: The target cannot be reached under the recipe's constraints.
+        ValueError: There is no calibration data where it is needed.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -55,43 +108,74 @@ class Pruner:
         *,
         total_steps: int,
         seed: int = 0,
-        agree: Callable[[torch.Tensor], None] | None = None,
+        once: Callable[[Callable[[], Any]], Any] | None = None,
+        mean: Callable[[torch.Tensor], None] | None = None,
+        batches: Callable[[], Sequence[Batch]] | None = None,
+        budget: Budget | None = None,
+        measure: MeasureConfig | None = None,
     ) -> None:
+        if not config.target.goals:
+            raise ValueError(
+                "target.max_drop needs a model's score at several speeds; use `hfcompress prune --max-drop`, or give a list of speedups"
+            )
         self.model = model
-        self.config = config
+        self.config = fit_to_device(config, model)
         self.total_steps = total_steps
         self.seed = seed
         self.original = original_units(model)
         self.sites = find_sites(model)
         self.gates: Gates | None = None
-        self._agree = agree
-        self._schedule = make_schedule(config.schedule)
-        self._due = update_steps(config.schedule, total_steps)
-        self._importance: dict[str, torch.Tensor] = {}
+        self.reached: list[dict[str, Any]] = []
+        self._once = once or (lambda function: function())
+        self._mean, self._batches = mean, batches
+        self._measure = measure or MeasureConfig()
+        self._needs = CRITERIA[config.criterion.name].needs
+        self._repairs = config.repair if config.repair is not None else self._needs not in (None, "steps")
+        if batches is None and (self._repairs or self._needs not in (None, "steps")):
+            raise ValueError(
+                f"the criterion {config.criterion.name}{' and repair' if self._repairs else ''} need examples to look at; "
+                "give calibration batches, or choose first_order or magnitude without repair"
+            )
+        self.budget: Budget = budget or self._once(lambda: make_budget(model, config.target, measure=self._measure))
+        self._stopwatch = self._make_stopwatch()
+        self._due = due_updates(config, total_steps)
+        self._importance: dict[str, dict[str, torch.Tensor]] = {}
         self._collected = 0.0
         self._last_step = -1
         self._dense = self._parameters(self.sites, self.original)
+        self._layers = {layer: layer for layer in self.budget.costs.fixed}  # names in the dense model to present ones
         self._permitted = self._uniform_counts() if config.uniform else None
         # What cannot be reached is said now, not after most of the training.
-        self._allocate({site.name: torch.zeros(site.units) for site in self.sites}, config.target.sparsity)
+        flat = {site.name: Curve.from_scores(torch.zeros(site.units)) for site in self.sites}
+        losses = dict.fromkeys(self.budget.costs.fixed, 0.0) if "layers" in config.units else None
+        self._allocate(flat, self.budget.goals[-1], losses)
+
+    def _make_stopwatch(self) -> Stopwatch | None:
+        """What measures a plan before it is carried out, where time is the target; on the first process only."""
+        if self.budget.costs.quantity != "latency_ms":
+            return None
+        return self._once(lambda: _Unshared(Stopwatch(self.model, self.config.target, measure=self._measure))).value
 
     def _uniform_counts(self) -> dict[str, set[int]]:
-        """The counts per kind that the plain config of the architecture can say.
+        """The counts per site that the plain config of the architecture can say.
 
         Raises:
             BudgetError: There are none but the full count for any of the kinds asked for.
         """
-        heads = next(site for site in self.sites if site.kind == "heads")
-        neurons = next(site for site in self.sites if site.kind == "neurons")
         config, family = self.model.config, family_of(self.model)
-        counts: dict[str, set[int]] = {"heads": set(), "neurons": set()}
-        for site, pair in ((heads, lambda n: (n, neurons.units)), (neurons, lambda n: (heads.units, n))):
-            for count in counts_allowed(
-                site.units, multiple_of=getattr(self.config.multiple_of, site.kind), at_least=1
-            ):
-                if uniform_config(config, family, heads=heads, neurons=neurons, units=pair(count)) is not None:
-                    counts[site.kind].add(count)
-        stuck = [kind for kind in self.config.units if len(counts[kind]) < 2]
+        counts: dict[str, set[int]] = {}
+        free = set()
+        for group in alike(self.sites, self.original):
+            first = group[0]
+            multiple_of = getattr(self.config.multiple_of, first.kind)
+            said = {
+                count
+                for count in counts_allowed(first.units, multiple_of=multiple_of, at_least=1)
+                if uniform_config(config, family, self.sites, units={site.name: count for site in group}) is not None
+            }
+            counts |= {site.name: said for site in group}
+            free |= {first.kind} if len(said) > 1 else set()
+        stuck = [kind for kind in self.config.units if kind not in free]
         if stuck:
             message = (
                 f"uniform: the plain config of {config.model_type} cannot say that {' or '.join(stuck)} are missing"
@@ -108,37 +192,56 @@ class Pruner:
     @property
     def done(self) -> bool:
         """Whether the last update was made and everything closed was cut."""
-        return self._last_step >= self._due[-1] and self.gates is None
+        return self._last_step >= self._due[-1].step and self.gates is None
 
     def sparsity(self) -> float:
         """Share of the prunable parameters of the dense model that is closed or gone, in [0, 1)."""
         sites = find_sites(self.model)
         return 1.0 - self._parameters(sites, self._open_units(sites)) / self._dense
 
-    def _open_units(self, sites: list[Site]) -> dict[str, int]:
+    def cost(self) -> float:
+        """What the model costs now, in the quantity of the target, by the table of costs."""
+        return self.budget.costs.total(self._open_units(find_sites(self.model)))
+
+    def _open_units(self, sites: Sequence[Site]) -> dict[str, int]:
         units = {site.name: site.units for site in sites}
         if self.gates is not None:
             units |= {name: len(self.gates.open_units(name)) for name in self.gates.values}
         return units
 
+    # ---- what training shows ----
+
     def collect(self, *, scale: float = 1.0) -> None:
-        """Add the importance that the gradients of this optimizer step show.
+        """Add the importance that the gradients of this optimizer step show, if the criterion looks at that.
 
         Args:
             scale: What the loss was multiplied by for mixed precision; a step whose gradients overflowed is left out.
         """
-        if self.done or self.config.criterion != "first_order":
+        if self.done or self._needs != "steps":
             return
-        gradients = {
-            name: (g / scale).square()
-            for name, g in gate_gradients(self.model, [site for site in self.sites if site.units]).items()
-        }
+        gradients = gate_gradients(self.model, [site for site in self.sites if site.units])
         finite = torch.stack([g.sum() for g in gradients.values()]).isfinite().all()
         for name, gradient in gradients.items():
-            gradient = torch.where(finite, gradient, torch.zeros_like(gradient))
-            previous = self._importance.get(name)
-            self._importance[name] = gradient if previous is None else previous + gradient
+            step = torch.where(finite, gradient / scale, torch.zeros_like(gradient))
+            for key, value in (("squares", step.square()), ("sums", step)):
+                seen = self._importance.setdefault(name, {})
+                seen[key] = value if key not in seen else seen[key] + value
         self._collected = self._collected + finite.float()
+
+    def _collected_evidence(self) -> dict[str, dict[str, torch.Tensor]] | None:
+        """Means over the optimizer steps since the last updates, by site."""
+        if not self._importance:
+            return None
+        count = max(float(self._collected), 1.0)
+        return {name: {key: v / count for key, v in seen.items()} for name, seen in self._importance.items()}
+
+    def _forget_half(self) -> None:
+        self._importance = {
+            name: {key: value * _MEMORY for key, value in seen.items()} for name, seen in self._importance.items()
+        }
+        self._collected = self._collected * _MEMORY
+
+    # ---- updates ----
 
     def step(self, step: int) -> list[Change]:
         """Do what is due after an optimizer step.
@@ -150,60 +253,179 @@ class Pruner:
             Parameters that were replaced by a cut, for the optimizer; usually none.
 
         Raises:
-            BudgetError: The sparsity that is due cannot be reached.
+            BudgetError: What is due cannot be reached.
         """
-        due = [number for number in self._due if self._last_step < number <= step]
+        due = [update for update in self._due if self._last_step < update.step <= step]
         self._last_step = step
         if not due:
             return []
-        share = self._schedule(due[-1] / self.total_steps)
-        # At the last update rounding to whole steps must not leave the target a little short.
-        plan = self._plan(self.config.target.sparsity * (1.0 if due[-1] == self._due[-1] else share))
+        update = due[-1]
+        batches = self._calibration()
+        curves = self._rank(batches)
+        losses = self._layer_losses(batches) if "layers" in self.config.units else None
+        self._forget_half()
+        last = update.share >= 1
+        budget = self.budget.at(update.goal, update.share)
+        plan = self._verified(curves, update.goal, losses) if last else self._allocate(curves, budget, losses)
         if self.config.cut == "end":
-            return self._close(plan, last=due[-1] == self._due[-1])
-        return self._cut(plan)
+            return self._close(plan, last=last)
+        return self._cut(plan, batches)
 
-    def _plan(self, sparsity: float) -> Plan:
-        scores = {}
-        generator = torch.Generator().manual_seed(self.seed)
-        for site in (site for site in self.sites if site.units):
-            gradients = self._importance.get(site.name)
-            evidence = Evidence(
-                self.model, None if gradients is None else gradients / max(float(self._collected), 1.0), generator
-            )
-            score = CRITERIA[self.config.criterion](site, evidence).float()
-            if self._agree is not None:
-                score = score.to(self._device(site)).contiguous()
-                self._agree(score)
-            score = score.cpu()
-            if self.gates is not None:
-                closed = self.gates.values[site.name].detach().cpu() == 0
-                # Below every open unit, also those whose importance is exactly 0: what is closed is what goes first.
-                score = score.masked_fill(closed, min(0.0, float(score.min())) - 1.0)
-            scores[site.name] = score
-        self._importance = {name: value * _MEMORY for name, value in self._importance.items()}
-        self._collected = self._collected * _MEMORY
-        return self._allocate(scores, sparsity)
+    def goal_at(self, step: int) -> int | None:
+        """The goal whose part of the run ends with this optimizer step, counted from 0; None between ends."""
+        goals = len(self.budget.goals)
+        ends = {round(self.total_steps * (number + 1) / goals): number for number in range(goals)}
+        return ends.get(step)
 
-    def _allocate(self, scores: dict[str, torch.Tensor], sparsity: float) -> Plan:
-        return allocate(self.sites, scores, self.original, self.config, sparsity=sparsity, permitted=self._permitted)
+    def _calibration(self) -> Sequence[Batch] | None:
+        wanted = self._repairs or self._needs not in (None, "steps")
+        return self._batches() if wanted and self._batches is not None else None
 
-    def _device(self, site: Site) -> torch.device:
-        return self.model.get_submodule(site.reader).weight.device  # type: ignore[return-value]
+    def _rank(self, batches: Sequence[Batch] | None) -> dict[str, Curve]:
+        """The curve of every site with units, the same on all processes."""
+        curves = rank_units(
+            self.model,
+            self.config.criterion.name,
+            batches,
+            seed=self.seed,
+            collected=self._collected_evidence(),
+            reduce=self._mean,
+        )
+        curves = self._once(lambda: curves)
+        if self.gates is not None:
+            curves = {name: self._closed_first(name, curve) for name, curve in curves.items()}
+        return curves
 
-    def _cut(self, plan: Plan) -> list[Change]:
+    def _closed_first(self, name: str, curve: Curve) -> Curve:
+        """What is closed goes first and costs nothing any more."""
+        assert self.gates is not None
+        closed = set(range(len(curve.order))) - set(self.gates.open_units(name).tolist())
+        steps = curve.loss.diff()
+        order = curve.order.tolist()
+        ranked = sorted(range(len(order)), key=lambda place: order[place] not in closed)
+        steps = torch.stack([steps[p] * (order[p] not in closed) for p in ranked]) if ranked else steps
+        return Curve(
+            torch.tensor([order[place] for place in ranked], dtype=torch.long),
+            torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)]),
+        )
+
+    def _layer_losses(self, batches: Sequence[Batch] | None) -> dict[str, float]:
+        """What dropping each layer would cost, in the unit of the curves."""
+        if batches is not None and self._needs == "moments":
+            return self._once(lambda: layer_losses(self.model, batches))
+        curves = self._rank(batches)
+        losses: dict[str, float] = {}
+        for name, curve in curves.items():
+            layer = name.rpartition(".")[0]
+            losses[layer] = losses.get(layer, 0.0) + float(curve.loss[-1])
+        return losses
+
+    def _allocate(self, curves: dict[str, Curve], budget: float, losses: dict[str, float] | None) -> Plan:
+        return allocate(
+            self.sites,
+            curves,
+            self.budget.costs,
+            budget,
+            self.config,
+            original=self.original,
+            permitted=self._permitted,
+            layer_losses=losses,
+        )
+
+    def _verified(self, curves: dict[str, Curve], goal: int, losses: dict[str, float] | None) -> Plan:
+        """The plan of a goal; where time is the target it is measured, and if the table was wrong the budget is corrected."""
+        wanted = self.budget.goals[goal]
+        plan, allowance, best = self._allocate(curves, wanted, losses), wanted, None
+        for _ in range(4):
+            found = self._once(functools.partial(self._time, plan))
+            if found is None:
+                return plan
+            latency_ms, ratio = found
+            # The ratio of interleaved rounds says more than milliseconds of different minutes.
+            reached = ratio / (self.budget.dense / wanted)
+            miss = abs(reached - 1)
+            if best is None or miss < best[0]:
+                best = (miss, plan, latency_ms, ratio)
+            if miss <= _TOLERANCE / 2:
+                break
+            allowance *= reached
+            try:
+                plan = self._allocate(curves, allowance, losses)
+            except BudgetError:
+                break
+        assert best is not None
+        miss, plan, latency_ms, ratio = best
+        self.reached.append(
+            {"goal": goal, "speedup": ratio, "latency_ms": latency_ms, "wanted": self.budget.dense / wanted}
+        )
+        say = logger.info if miss <= _TOLERANCE else logger.warning
+        say(
+            "measured before the cut: %.2fx of the dense model's speed, wanted %.2fx (%+.0f %%)%s",
+            ratio,
+            self.budget.dense / wanted,
+            100 * (ratio * wanted / self.budget.dense - 1),
+            ""
+            if miss <= _TOLERANCE
+            else "; counts come in steps that are too coarse, or the machine is busy with something else",
+        )
+        return plan
+
+    def _time(self, plan: Plan) -> tuple[float, float] | None:
+        if self._stopwatch is None:
+            return None
+        to_dense = {present: dense for dense, present in self._layers.items() if present is not None}
+        units = {}
+        for name, count in kept_units(plan).items():
+            layer, _, role = name.rpartition(".")
+            units[f"{to_dense.get(layer, layer)}.{role}"] = count
+        return self._stopwatch.time(units)
+
+    def _cut(self, plan: Plan, batches: Sequence[Batch] | None) -> list[Change]:
         before = {site.name: site.units for site in self.sites}
+        if not plan.layers and all(len(units) == before[name] for name, units in plan.keep.items()):
+            self._report("kept everything")
+            return []
+        dense = copy.deepcopy(self.model) if self._repairs else None
         changes = cut(self.model, plan)
-        self.sites = find_sites(self.model)
+        if dense is not None:
+            assert batches is not None
+            self._repair(dense, batches, plan)
         for name, units in plan.keep.items():
             if name in self._importance and len(units) < before[name]:
-                index = torch.tensor(units, dtype=torch.long, device=self._importance[name].device)
-                self._importance[name] = self._importance[name][index]
+                index = torch.tensor(units, dtype=torch.long)
+                self._importance[name] = {
+                    key: value[index.to(value.device)] for key, value in self._importance[name].items()
+                }
+        self._rename_layers(plan)
+        self.sites = find_sites(self.model)
         self._importance = {
-            site.name: self._importance[site.name] for site in self.sites if site.name in self._importance
+            site.name: self._importance[site.name]
+            for site in self.sites
+            if site.units and site.name in self._importance
         }
         self._report("cut")
         return changes
+
+    def _repair(self, dense: nn.Module, batches: Sequence[Batch], plan: Plan) -> None:
+        modes = self.model.training
+        for model in (self.model, dense):
+            model.eval()
+        if plan.layers:
+            drop_layers(dense, plan.layers)
+        repair(self.model, dense, batches, reduce=self._mean)
+        self.model.train(modes)
+
+    def _rename_layers(self, plan: Plan) -> None:
+        """Follow the layers to their new numbers."""
+        if not plan.layers:
+            return
+        names: dict[str, str | None] = dict.fromkeys(self.budget.costs.fixed)
+        for stack, kept in plan.layers.items():
+            names |= {f"{stack}.{old}": f"{stack}.{new}" for new, old in enumerate(kept)}
+        self.budget = self.budget.without_layers(names)
+        self._layers = {dense: None if now is None else names.get(now) for dense, now in self._layers.items()}
+        self.original = _renamed(self.original, names)
+        self._importance = _renamed(self._importance, names)
 
     def _close(self, plan: Plan, *, last: bool) -> list[Change]:
         if self.gates is None:
@@ -217,17 +439,25 @@ class Pruner:
         keep = {name: tuple(self.gates.open_units(name).tolist()) for name in self.gates.values}
         self.gates.remove()
         self.gates = None
-        return self._cut(Plan(keep))
+        return self._cut(Plan(keep), None)
 
     def _report(self, what: str) -> None:
         sites = find_sites(self.model)
         units = self._open_units(sites)
         counts = []
         for kind in ("heads", "neurons"):
-            names = [site.name for site in sites if site.kind == kind]
-            total = sum(self.original[name] for name in names)
-            counts.append(f"{total - sum(units[name] for name in names):,} of {total:,} {kind}")
-        logger.info("step %d: %s %s; sparsity %.3f", self._last_step, what, " and ".join(counts), self.sparsity())
+            left = sum(units[site.name] for site in sites if site.kind == kind)
+            total = sum(self.original[site.name] for site in sites if site.kind == kind)
+            counts.append(f"{total - left:,} of {total:,} {kind}")
+        costs = self.budget.costs
+        state = f"sparsity {self.sparsity():.3f}"
+        if costs.quantity != "parameters":
+            state += (
+                f", {self.budget.dense / self.cost():.2f}x by {'FLOPs' if costs.quantity == 'flops' else 'the table'}"
+            )
+        gone = sum(name is None for name in self._layers.values())
+        layers = f" and {gone} of {len(self._layers)} layers" if gone else ""
+        logger.info("step %d: %s %s%s; %s", self._last_step, what, " and ".join(counts), layers, state)
 
     def finish(self) -> None:
         """Take gates off that a run which stopped early left; the weights keep computing what the gates did."""
@@ -236,17 +466,27 @@ class Pruner:
             self.gates.remove()
             self.gates = None
 
+    # ---- checkpoints ----
+
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """What a run needs to go on exactly: JSON-able facts and tensors."""
         facts = {
             "last_step": self._last_step,
             "collected": float(self._collected),
             "original": self.original,
+            "dense": self._dense,
+            "layers": self._layers,
+            "budget": self.budget.to_dict(),
+            "reached": self.reached,
             "total_steps": self.total_steps,
             "config": self.config.model_dump(),
             "closing": self.gates is not None,
         }
-        tensors = {f"importance.{name}": value.contiguous() for name, value in self._importance.items()}
+        tensors = {
+            f"importance.{key}.{name}": value.contiguous()
+            for name, seen in self._importance.items()
+            for key, value in seen.items()
+        }
         if self.gates is not None:
             tensors |= {f"gate.{name}": value.detach().contiguous() for name, value in self.gates.values.items()}
         return facts, tensors
@@ -271,13 +511,49 @@ class Pruner:
                 self.total_steps,
             )
         self.original = {name: int(units) for name, units in facts["original"].items()}
-        self._dense = self._parameters(find_sites(self.model), self.original)
+        self._dense = int(facts["dense"])
+        self._layers = dict(facts["layers"])
+        self.budget = Budget.from_dict(facts["budget"])
+        self.reached = list(facts["reached"])
         self._last_step = int(facts["last_step"])
         self._collected = float(facts["collected"])
         for site in self.sites:
-            if f"importance.{site.name}" in tensors:
-                self._importance[site.name] = tensors[f"importance.{site.name}"].to(self._device(site))
+            device = self.model.get_submodule(site.readers[0]).weight.device
+            for key in ("squares", "sums"):
+                if f"importance.{key}.{site.name}" in tensors:
+                    value = tensors[f"importance.{key}.{site.name}"].to(device)  # type: ignore[arg-type]
+                    self._importance.setdefault(site.name, {})[key] = value
         if facts["closing"]:
             self.gates = Gates(self.model, self.sites)
             for name, value in self.gates.values.items():
                 value.copy_(tensors[f"gate.{name}"])
+
+
+class _Unshared:
+    """Something that stays on the process that made it: pickled, it is empty."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": None}
+
+
+def fit_to_device(config: PruneConfig, model: nn.Module) -> PruneConfig:
+    """The recipe with "auto" multiples put in numbers."""
+    if config.multiple_of.neurons != "auto":
+        return config
+    device = next(model.parameters()).device
+    multiple_of = config.multiple_of.model_copy(update={"neurons": fast_multiple(device)})
+    return config.model_copy(update={"multiple_of": multiple_of})
+
+
+def _renamed(values: dict[str, Any], names: dict[str, str | None]) -> dict[str, Any]:
+    """The entries of the layers that are left, under their new names."""
+    fresh = {}
+    for key, value in values.items():
+        layer, _, role = key.rpartition(".")
+        target = names.get(layer, layer)
+        if target is not None:
+            fresh[f"{target}.{role}"] = value
+    return fresh

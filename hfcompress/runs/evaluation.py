@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,27 @@ def score(predictions: np.ndarray, labels: np.ndarray, task: PreparedTask) -> Me
     return pearson(predictions, labels) if task.problem_type == "regression" else accuracy(predictions, labels)
 
 
-def measure_folders(
-    folders: Mapping[str, Path], task: PreparedTask | None, config: MeasureConfig
-) -> list[dict[str, Any]]:
+Rate = Callable[[nn.Module], tuple[Metric, np.ndarray | None]]
+"""Scores a model: the metric, and for classification which examples were right, shape (n,)."""
+
+
+def rate_on(task: PreparedTask) -> Rate:
+    """What scores a model on the evaluation data of a task."""
+
+    def rate(model: nn.Module) -> tuple[Metric, np.ndarray | None]:
+        predictions, labels = predict(model, task)
+        single = task.problem_type == "single_label_classification"
+        return score(predictions, labels, task), predictions == labels if single else None
+
+    return rate
+
+
+def measure_folders(folders: Mapping[str, Path], rate: Rate | None, config: MeasureConfig) -> list[dict[str, Any]]:
     """One row per saved model: score, size, FLOPs, latency, and speedup over the first.
 
     Args:
         folders: Name to folder, the baseline first.
-        task: What to score on; None measures size and speed only.
+        rate: What scores them; None measures size and speed only.
         config: How latency is measured.
 
     Returns:
@@ -78,7 +91,7 @@ def measure_folders(
     device = _device(config.device)
     models = {name: _on(load(folder), device) for name, folder in folders.items()}
     first = next(iter(models.values()))
-    inputs = example_inputs(first, batch=config.batch, length=None if _images(first) else config.length)
+    inputs = example_inputs(first, batch=config.batch, length=config.length if _reads_tokens(first) else None)
     timing = {"rounds": config.rounds, "warmup": config.warmup, "threads": config.threads}
     whole = compare_latency(models, inputs, scope="model", **timing)  # type: ignore[arg-type]
     layers = compare_latency(models, inputs, scope="layers", **timing)  # type: ignore[arg-type]
@@ -86,11 +99,10 @@ def measure_folders(
     baseline, right = next(iter(models)), None
     for name, model in models.items():
         row: dict[str, Any] = {"name": name, "folder": str(folders[name])}
-        if task is not None:
-            predictions, labels = predict(model, task)
-            row["metric"] = asdict(score(predictions, labels, task))
-            if task.problem_type == "single_label_classification":
-                correct = predictions == labels
+        if rate is not None:
+            metric, correct = rate(model)
+            row["metric"] = asdict(metric)
+            if correct is not None:
                 right = correct if right is None else right
                 row["p_value_against_first"] = None if name == baseline else mcnemar(right, correct)
         row |= {
@@ -119,5 +131,5 @@ def _on(model: nn.Module, device: torch.device) -> nn.Module:
     return model.eval() if placed else model.to(device).eval()
 
 
-def _images(model: nn.Module) -> bool:
-    return getattr(model, "main_input_name", "input_ids") == "pixel_values"
+def _reads_tokens(model: nn.Module) -> bool:
+    return getattr(model, "main_input_name", "input_ids") not in ("pixel_values", "input_values")

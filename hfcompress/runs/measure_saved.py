@@ -13,7 +13,7 @@ def main() -> None:
     """Arguments: the folder of the run, then NAME=FOLDER for each model, the baseline first."""
     from hfcompress.config import Recipe
     from hfcompress.hub.card import RESULTS_FILE
-    from hfcompress.runs.evaluation import measure_folders
+    from hfcompress.runs.evaluation import measure_folders, rate_on
     from hfcompress.runs.pipeline import RECIPE_FILE, results_of
     from hfcompress.tasks import prepare
 
@@ -31,7 +31,7 @@ def main() -> None:
         seed=recipe.seed,
         label_names=[names[number] for number in sorted(names)],
     )
-    rows = measure_folders({name: Path(folder) for name, folder in folders.items()}, task, recipe.measure)
+    rows = measure_folders({name: Path(folder) for name, folder in folders.items()}, rate_on(task), recipe.measure)
     for row in rows:
         row["folder"] = Path(row["folder"]).name  # no paths of this machine
     results = results_of(recipe, task, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,6 +107,33 @@ def detect_columns(features: Mapping[str, Any], config: DataConfig, kind: Kind) 
             " labels are strings, whole numbers, booleans, decimals (regression) or lists (several labels)"
         )
     return Columns(label, text=inputs) if kind == "text" else Columns(label, image=inputs[0])
+
+
+def text_columns(features: Mapping[str, Any], text: Sequence[str] = ()) -> tuple[str, ...]:
+    """The columns of text, where no labels are asked for: as told, or found by type and customary name.
+
+    Args:
+        features: Column names and types, as in `Dataset.features`.
+        text: Their names, any number; without them one column or a pair is found.
+
+    Returns:
+        The names.
+
+    Raises:
+        DataError: A column is not there, holds something else, or cannot be told from others.
+
+    Example:
+        >>> string, number = datasets.Value("string"), datasets.Value("int64")
+        >>> text_columns({"idx": number, "utterance": string, "intent": string})
+        ('utterance',)
+        >>> text_columns({"a": string, "b": string, "c": string}, ["b", "c"])
+        ('b', 'c')
+    """
+    for name in text:
+        if name not in features:
+            raise unknown_name("data.text", "column", name, features)
+        _check_input(name, features[name], "text")
+    return tuple(text) or _find_text(features)
 
 
 def _named(names: frozenset[str], features: Mapping[str, Any]) -> list[str]:

@@ -86,6 +86,34 @@ def read_sources(config: DataConfig, *, kind: Kind) -> tuple[Source, Source | No
     return splits[train_name], eval_source
 
 
+def read_rows(pattern: str, *, key: str) -> list[Source]:
+    """Read everything in files or in a folder, whatever split it belongs to; each line of a .txt file is a row.
+
+    Args:
+        pattern: A file, a folder, or a pattern such as data/train-*.parquet.
+        key: What error messages call it.
+
+    Returns:
+        The splits there are, each with at least one row.
+
+    Raises:
+        DataError: There is no such file, it cannot be read, or it has no rows.
+    """
+    paths = _matches(pattern)
+    if paths and all(path.suffix.lower() == ".txt" for path in paths):
+        files = [glob.escape(str(path.absolute())) for path in paths if path.stat().st_size]
+        if not files:
+            raise DataError(f"{key}: {Path(pattern).name} has no rows")
+        rows = _load("text", Path(pattern).name, key, data_files={"train": files})["train"]
+        sources = [Source(rows, Path(pattern).name)]
+    else:
+        sources = list(_read_path(pattern, kind="text", key=key).values())
+    for source in sources:
+        if len(source.rows) == 0:
+            raise DataError(f"{key}: {source.name} has no rows")
+    return sources
+
+
 def _evaluation(config: DataConfig, splits: Mapping[str, Source], train_name: str, kind: Kind) -> Source | None:
     """The evaluation data as named, or the customary split beside the training data, or None."""
     if config.eval is None:

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 def replace_parameters(optimizer: torch.optim.Optimizer, changes: Sequence[Change]) -> None:
     """Put the cut parameters in the place of the old ones, in place, and cut their moments along with them.
 
+    What one change put in may be replaced by a later one, and so on.
+
     State that does not have the shape of its parameter (factored or 8-bit moments) cannot be cut and starts anew.
 
     Args:
@@ -38,16 +40,21 @@ def replace_parameters(optimizer: torch.optim.Optimizer, changes: Sequence[Chang
     for group in optimizer.param_groups:
         kept = []
         for parameter in group["params"]:
-            change = by_parameter.get(id(parameter))
-            if change is None:
+            if id(parameter) not in by_parameter:
                 kept.append(parameter)
                 continue
             state = optimizer.state.pop(parameter, None)
-            if change.new is None:
+            last: nn.Parameter | None = parameter
+            while last is not None and id(last) in by_parameter:
+                change = by_parameter[id(last)]
+                last = change.new
+                if state and last is not None:
+                    state = _cut_state(state, change)
+            if last is None:
                 continue
-            kept.append(change.new)
+            kept.append(last)
             if state:
-                optimizer.state[change.new] = _cut_state(state, change)
+                optimizer.state[last] = state
         group["params"] = kept
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import safetensors.torch
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from transformers import TrainerCallback
 
 from hfcompress.checkpoints.record import add_step, read_units
 from hfcompress.config import PruneConfig, Recipe
-from hfcompress.pruning import Pruner
+from hfcompress.pruning import Budget, Pruner
 from hfcompress.training.exact import ExactTrainerMixin
 from hfcompress.training.optimizers import rebuild_reducer, replace_parameters
 
@@ -40,6 +42,7 @@ class PruningMixin(ExactTrainerMixin):
         self.recipe = recipe
         self.prune: PruneConfig | None = recipe.prune
         self.pruner: Pruner | None = None
+        self.goal_folders: dict[float, Path] = {}
         self._pruner_state: Path | None = None
         super().__init__(model, *args, recipe=recipe, **kwargs)
         if self.prune is not None:
@@ -59,20 +62,53 @@ class PruningMixin(ExactTrainerMixin):
                 "a model with adapters cannot be pruned: their shapes follow the frozen model's; "
                 "prune first and add adapters afterwards, or merge them before (merge_and_unload)"
             )
+        facts, tensors = self._resumed_state()
         distributed = self.args.world_size > 1
         self.pruner = Pruner(
             model,
             self.prune,
             total_steps=max(self.state.max_steps, 1),
             seed=self.args.seed,
-            agree=_broadcast if distributed else None,
+            once=_once if distributed else None,
+            mean=_mean if distributed else None,
+            batches=None if self.train_dataset is None else self._calibration_batches,
+            budget=None if facts is None else Budget.from_dict(facts["budget"]),
+            measure=self.recipe.measure,
         )
-        if self._pruner_state is not None:
-            facts = json.loads((self._pruner_state / STATE_FILE).read_text(encoding="utf-8"))
-            self.pruner.load_state(facts, safetensors.torch.load_file(self._pruner_state / TENSORS_FILE))
-            self._pruner_state = None
+        if facts is not None:
+            self.pruner.load_state(facts, tensors)
         else:
             self._prune_if_due(0)
+
+    def _resumed_state(self) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
+        """What the checkpoint that is resumed from says about the pruner; None at the start of a run."""
+        folder, self._pruner_state = self._pruner_state, None
+        if folder is None:
+            return None, {}
+        facts = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return facts, safetensors.torch.load_file(folder / TENSORS_FILE)
+
+    def _calibration_batches(self) -> list[Any]:
+        """The training examples that criteria and repair look at: a random choice by seed, this process's part, long with long."""
+        assert self.prune is not None and self.train_dataset is not None
+        if not hasattr(self.train_dataset, "__len__"):
+            raise ValueError(
+                f"the criterion {self.prune.criterion.name} looks at examples by number, which a streamed dataset does not have; "
+                "use first_order with repair: false, or a dataset with a length"
+            )
+        total = len(self.train_dataset)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = torch.randperm(total, generator=generator)[: self.prune.criterion.samples].tolist()
+        mine = chosen[self.args.process_index :: self.args.world_size] or chosen[:1]
+        dataset, collate = self.train_dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="calibration")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="calibration")
+        examples = sorted((dataset[index] for index in mine), key=_size)
+        batch = max(1, self.args.per_device_eval_batch_size)
+        groups = [examples[start : start + batch] for start in range(0, len(examples), batch)]
+        return [collate(group) for group in groups]
 
     def _prune_if_due(self, step: int) -> None:
         if self.pruner is None or self.pruner.done:
@@ -82,6 +118,24 @@ class PruningMixin(ExactTrainerMixin):
             optimizer = self.optimizer
             replace_parameters(getattr(optimizer, "optimizer", optimizer), changes)
             rebuild_reducer(self.model_wrapped)
+
+    def _leave_goal(self, step: int) -> None:
+        """Where a run has several targets, save the model that has reached one of them and goes on to the next."""
+        goals = self.prune.target.goals if self.prune is not None else []
+        number = self.pruner.goal_at(step) if self.pruner is not None else None
+        if number is None or number == len(goals) - 1:
+            return
+        folder = Path(self.args.output_dir) / goal_folder(self.prune.target.quantity, goals[number])  # type: ignore[union-attr]
+        model = self.accelerator.unwrap_model(self.model)
+        before = copy.deepcopy(getattr(model.config, "hfcompress", None))
+        self._record_steps()
+        self.save_model(str(folder), _internal_call=True)
+        if before is None:
+            del model.config.hfcompress
+        else:
+            model.config.hfcompress = before
+        self.goal_folders[goals[number]] = folder
+        logger.info("step %d: the model for %s %s is in %s", step, self.prune.target.quantity, goals[number], folder)  # type: ignore[union-attr]
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One batch forward and backward as in Trainer; after the last one of an optimizer step importance is collected."""
@@ -130,9 +184,11 @@ class PruningMixin(ExactTrainerMixin):
     def _finish_pruning(self) -> None:
         if self.pruner is None:
             return
-        reached, wanted = self.pruner.sparsity(), self.pruner.config.target.sparsity
         if not self.pruner.done:
-            logger.warning("training stopped before the schedule's end: sparsity is %.3f of %.3f", reached, wanted)
+            logger.warning(
+                "training stopped before the schedule's end: sparsity is %.3f, the last target was not reached",
+                self.pruner.sparsity(),
+            )
         self.pruner.finish()
 
     def _record_steps(self) -> None:
@@ -145,6 +201,7 @@ class PruningMixin(ExactTrainerMixin):
             "prune",
             settings=self.prune.model_dump(),
             sparsity=round(self.pruner.sparsity(), 6),
+            reached=self.pruner.reached,
             units={name: list(pair) for name, pair in read_units(model.config).items()},
             optimizer_steps=self.state.global_step,
         )
@@ -161,11 +218,31 @@ class _PruningCallback(TrainerCallback):
 
     def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
         self.trainer._prune_if_due(state.global_step)
+        self.trainer._leave_goal(state.global_step)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.trainer._finish_pruning()
 
 
-def _broadcast(tensor: torch.Tensor) -> None:
-    """Give all processes the first one's tensor, in place."""
-    torch.distributed.broadcast(tensor, src=0)
+def goal_folder(quantity: str, goal: float) -> str:
+    """Name of the folder of the model that has reached a target: "speedup-2.0"."""
+    return f"{quantity.replace('_', '-')}-{goal:g}"
+
+
+def _size(example: Any) -> int:
+    """Length of a text, for batches with little padding."""
+    ids = example.get("input_ids") if hasattr(example, "get") else None
+    return len(ids) if ids is not None else 0
+
+
+def _once(function: Callable[[], Any]) -> Any:
+    """Run a function on the first process and give its result to all."""
+    result = [function() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(result, src=0)
+    return result[0]
+
+
+def _mean(tensor: torch.Tensor) -> None:
+    """Take the mean over all processes, in place."""
+    torch.distributed.all_reduce(tensor)
+    tensor /= torch.distributed.get_world_size()

@@ -30,7 +30,7 @@ from hfcompress.config import MeasureConfig
 from hfcompress.hub import save_probe, verify_folder, write_card
 from hfcompress.measurement import accuracy, device_name, mcnemar, provenance
 from hfcompress.runs.arguments import training_arguments
-from hfcompress.runs.evaluation import measure_folders, predict
+from hfcompress.runs.evaluation import measure_folders, predict, rate_on
 from hfcompress.runs.table import format_rows
 from hfcompress.tasks import prepare
 
@@ -122,7 +122,7 @@ def main() -> None:
 
     folders = {"teacher": output / "teacher", "pruned": student}
     measured = measure_folders(
-        folders, task, MeasureConfig(batch=32, length=64, threads=options.threads, rounds=21, warmup=3)
+        folders, rate_on(task), MeasureConfig(batch=32, length=64, threads=options.threads, rounds=21, warmup=3)
     )
     agreement = compare(teacher, trainer.model, task)
     figures = make_figures(measured, agreement)

@@ -19,6 +19,8 @@ from torch import nn
 
 from hfcompress.anatomy import (
     FAMILIES,
+    REFUSED,
+    REFUSED_IF,
     StructureError,
     apply_record,
     check_record,
@@ -30,18 +32,59 @@ from hfcompress.anatomy import (
     uniform_config,
 )
 from hfcompress.pruning import Plan, cut
-from tests.families import CONFIGS, DECODERS, HEADS, choose_units, make_config, make_model
+from tests.families import (
+    CONFIGS,
+    DECODERS,
+    HEADS,
+    NO_HEADS_TO_CHOOSE,
+    auto_class,
+    choose_units,
+    make_config,
+    make_model,
+)
 
-# Units of heads and of neurons, query heads per unit, features per unit of heads: read off the configs by hand.
-EXPECTED = {name: (4, 48, 1, 8) for name in CONFIGS} | {
-    "dinov2": (4, 64, 1, 8),  # mlp_ratio 2 times 32
-    "dinov2:swiglu": (4, 48, 1, 8),  # two thirds of that, rounded up to a multiple of 8
-    "llama": (2, 48, 2, 16),
-    "mistral": (2, 48, 2, 16),
-    "qwen2": (2, 48, 2, 16),
-    "qwen3": (2, 48, 2, 32),  # head_dim 16
-    "gemma": (2, 48, 2, 32),
-}
+# Of each stack: layers, units of heads (with "s" one decision for all layers), units of neurons, query heads per unit, features
+# per unit of heads, hidden size: read off the configs by hand.
+ENCODER, DECODER = {"encoder": (3, "4", 48, 1, 8, 32)}, {"decoder": (3, "4", 48, 1, 8, 32)}
+GROUPED, WIDE = (
+    {"decoder": (3, "2", 48, 2, 16, 32)},
+    {"decoder": (3, "2", 48, 2, 32, 32)},
+)  # the latter with head_dim 16
+BART = {"encoder": (3, "4", 48, 1, 8, 32), "decoder": (2, "2", 40, 1, 16, 32)}
+TOWERS = {"text": (3, "4", 48, 1, 8, 32), "vision": (2, "3", 40, 1, 8, 24)}
+EXPECTED = (
+    dict.fromkeys(CONFIGS, ENCODER)
+    | dict.fromkeys(DECODERS, DECODER)
+    | dict.fromkeys(("llama", "mistral", "qwen2", "phi", "phi3", "falcon"), GROUPED)
+    | dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3_text"), WIDE)
+    | dict.fromkeys(("bart", "mbart", "whisper"), BART)
+    | dict.fromkeys(("clip", "siglip"), TOWERS)
+    | {f"{name}_{tower}_model": {tower: TOWERS[tower]} for name in ("clip", "siglip") for tower in TOWERS}
+    | {
+        "dinov2": {"encoder": (3, "4", 64, 1, 8, 32)},  # mlp_ratio 2 times 32
+        "dinov2:swiglu": ENCODER,  # two thirds of that, rounded up to a multiple of 8
+        "falcon:mqa": {"decoder": (3, "1", 48, 4, 32, 32)},
+        "bloom": {"decoder": (3, "", 128, 0, 0, 32)},  # four times 32
+        "albert": {"encoder": (1, "4", 48, 1, 8, 32)},
+        "albert:groups": {"encoder.0": (1, "4", 48, 1, 8, 32), "encoder.1": (1, "4", 48, 1, 8, 32)},
+        "mpnet": {"encoder": (3, "4s", 48, 1, 8, 32)},
+        "beit:shared": {"encoder": (3, "4s", 48, 1, 8, 32)},
+        "t5": {"encoder": (3, "4s", 48, 1, 8, 32), "decoder": (2, "4s", 48, 1, 8, 32)},
+        "t5:gated": {"encoder": (2, "4s", 48, 1, 16, 32), "decoder": (2, "4s", 48, 1, 16, 32)},
+        "swin": {"encoder.0": (2, "2", 32, 1, 8, 16), "encoder.1": (1, "4", 64, 1, 8, 32)},
+    }
+)
+
+
+def expected_names(name):
+    """The names of the sites of a family, in order."""
+    names = []
+    for stack, (layers, heads, *_) in EXPECTED[name].items():
+        roles = ["heads", "cross_heads"] if stack == "decoder" and "encoder" in EXPECTED[name] else ["heads"]
+        names += [f"{stack}.{role}" for role in roles if heads.endswith("s")]
+        apart = roles if heads and not heads.endswith("s") else []
+        names += [f"{stack}.{n}.{role}" for n in range(layers) for role in [*apart, "neurons"]]
+    return names
 
 
 def linears(model):
@@ -56,25 +99,48 @@ def linears(model):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sites_of_every_family(name):
     model = make_model(name)
-    stack = "decoder" if name in DECODERS else "encoder"
     found = find_sites(model)
-    assert [site.name for site in found] == [f"{stack}.{n}.{kind}" for n in range(3) for kind in ("heads", "neurons")]
-    assert [site.layer for site in found] == [0, 0, 1, 1, 2, 2]
-    heads, neurons, query_heads, width = EXPECTED[name]
+    assert [site.name for site in found] == expected_names(name)
+    looked_at = 0
     for site in found:
-        expected = (heads, query_heads, width) if site.kind == "heads" else (neurons, 0, 1)
+        layers, heads, neurons, query_heads, width, hidden = EXPECTED[name][site.stack]
+        expected = (int(heads.strip("s")), query_heads, width) if site.kind == "heads" else (neurons, 0, 1)
         assert (site.units, site.query_heads, site.width) == expected
-        reader, _ = linears(model)[site.reader]
-        assert reader.shape == (32, site.units * site.width)
+        shared = site.name.count(".") == site.stack.count(".") + 1
+        assert site.layer == (None if shared else int(site.name.split(".")[-2]))
+        assert len(site.readers) == len(site.blocks) == (layers if shared else 1)
+        for path in site.readers:
+            reader, _ = linears(model)[path]
+            assert reader.shape == (hidden, site.units * site.width) and site.hidden == hidden
         for writer in site.writers:
             weight, _ = linears(model)[writer.module]
+            # Of multi-query attention the keys and values of all heads belong to the one unit.
             assert len(weight) == sum(rows * site.units for _, rows in writer.bands)
-    assert find_sites(model, kinds=["heads"]) == found[::2]
-    assert find_sites(model, kinds=["neurons"]) == found[1::2]
-    assert find_layers(model) == [
-        model.get_submodule(site.block.rsplit(".attn", 1)[0].split(".attention")[0].removesuffix(".self_attn"))
-        for site in found[::2]
-    ]
+            looked_at += 1
+        for table in site.tables:
+            assert model.get_parameter(table).shape[1] == site.units
+    assert looked_at >= len(found)
+    for kind in ("heads", "neurons"):
+        assert find_sites(model, kinds=[kind]) == [site for site in found if site.name.endswith(kind)]
+    layers = find_layers(model)
+    assert len(layers) == sum(counts[0] for counts in EXPECTED[name].values())
+    for layer in layers:  # each holds a reader of heads (but Bloom) and one of neurons
+        inside = {id(module) for module in layer.modules()}
+        owned = [site.kind for site in found for path in site.readers if id(model.get_submodule(path)) in inside]
+        assert owned.count("neurons") == 1 and owned.count("heads") in ((0,) if name == "bloom" else (1, 2))
+
+
+def test_tables_of_heads():
+    """Parameters with one column per head that are no linear layers."""
+    tables = {name: [len(site.tables) for site in find_sites(make_model(name)) if site.tables] for name in CONFIGS}
+    assert {name: counts for name, counts in tables.items() if counts} == {
+        "mpnet": [1],
+        "t5": [1, 1],  # of encoder and decoder, none for cross attention
+        "t5:gated": [1, 1],
+        "beit": [1, 1, 1],
+        "beit:shared": [1],
+        "swin": [1, 1, 1],
+    }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -100,16 +166,21 @@ def test_a_head_on_top_changes_nothing_but_paths():
             bare, full = make_model(name), make_model(name, auto)
             prefix = "" if full.base_model is full else f"{full.base_model_prefix}."
             of_bare, of_full = find_sites(bare), find_sites(full)
+            if len(of_full) < len(of_bare):  # only one of two stacks
+                of_bare = [site for site in of_bare if site.stack == of_full[0].stack]
             assert [site.name for site in of_bare] == [site.name for site in of_full]
-            assert [prefix + site.reader for site in of_bare] == [site.reader for site in of_full]
-            assert len(find_layers(full)) == 3
+            assert [path.removeprefix(prefix) for site in of_full for path in site.readers] == [
+                path for site in of_bare for path in site.readers
+            ] or name == "whisper"
+            assert len(find_layers(full)) in (len(find_layers(bare)), len({site.layer for site in of_full} - {None}))
             looked_at += 1
-    assert looked_at == 57
+    assert looked_at == 121
 
 
 def test_every_architecture_belongs_to_one_family():
     types = [model_type for family in FAMILIES for model_type in family.model_types]
-    assert len(types) == len(set(types)) == 17
+    assert len(types) == len(set(types)) == 41
+    assert not set(REFUSED) & set(types) and {name for name, _ in REFUSED_IF} <= set(types)
     for model_type in types:
         family = family_of(SimpleNamespace(config=SimpleNamespace(model_type=model_type)))
         assert model_type in family.model_types
@@ -120,19 +191,20 @@ def test_every_architecture_belongs_to_one_family():
 
 @pytest.mark.parametrize(
     ("model_type", "nearest"),
-    [("berta", "bert"), ("llama4", "llama"), ("qwen2_moe", "qwen2"), ("deberta", "deberta-v2")],
+    [("berta", "bert"), ("llama5", "llama"), ("qwen2_foo", "qwen2"), ("debertav2", "deberta-v2")],
 )
 def test_unknown_architectures_get_the_nearest_name(model_type, nearest):
     model = nn.Module()
     model.config = SimpleNamespace(model_type=model_type)
     with pytest.raises(
-        StructureError, match=rf"model_type '{model_type}' \(did you mean {nearest}\?\).*known are bert, "
+        StructureError, match=rf"model_type '{model_type}' \(did you mean {nearest}\?\).*known are albert, "
     ):
         find_sites(model)
 
 
-def test_real_models_that_are_not_known():
-    t5 = transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=20)
+def test_models_that_cannot_be_cut_exactly():
+    mamba = transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20)
+    alibi = make_config("falcon", alibi=True)
     mixtral = transformers.MixtralConfig(
         hidden_size=16,
         intermediate_size=16,
@@ -143,14 +215,29 @@ def test_real_models_that_are_not_known():
         vocab_size=20,
     )
     refused = 0
-    for config in (t5, mixtral):
+    for config, reason in ((mamba, "it has no attention"), (mixtral, "its experts are"), (alibi, "the slopes of its")):
         with torch.device("meta"):
             model = transformers.AutoModel.from_config(config)
         for ask in (find_sites, find_layers, lambda m: cut(m, Plan({}))):
-            with pytest.raises(StructureError, match=f"'{config.model_type}'.*cannot be cut"):
+            with pytest.raises(StructureError, match=f"'{config.model_type}' cannot be cut exactly: {reason}"):
                 ask(model)
             refused += 1
-    assert refused == 6
+    assert refused == 9
+
+
+def test_every_refusal_gives_its_reason():
+    for model_type, reason in REFUSED.items():
+        assert model_type in transformers.CONFIG_MAPPING, "no such architecture"
+        with pytest.raises(StructureError, match=rf"'{model_type}' cannot be cut exactly: .{{10}}") as caught:
+            family_of(SimpleNamespace(config=SimpleNamespace(model_type=model_type)))
+        assert reason in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    for model_type, field in REFUSED_IF:
+        config = transformers.CONFIG_MAPPING[model_type]()
+        assert family_of(SimpleNamespace(config=config)) and hasattr(config, field)
+        setattr(config, field, True)
+        with pytest.raises(StructureError, match="cannot be cut exactly"):
+            family_of(SimpleNamespace(config=config))
+    assert len(REFUSED) == 27 and len(REFUSED_IF) == 2
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Module()])
@@ -426,37 +513,62 @@ def test_sites_stand_alone():
     assert imported == {"__future__", "collections", "dataclasses", "typing", "torch", "transformers"}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_which_plain_configs_can_say_what(name):
-    """Fewer heads can only be said where the head dimension has a field of its own, and only as the architecture's checks
-    allow; fewer neurons everywhere, but for DINOv2, which counts them in multiples of the hidden size."""
-    model = make_model(name)
-    heads, neurons = find_sites(model)[:2]
-    family = family_of(model)
-
-    def says(units):
-        config = uniform_config(model.config, family, heads=heads, neurons=neurons, units=units)
-        if config is None:
-            return False
-        with torch.device("meta"):
-            built = find_sites(transformers.AutoModel.from_config(config))
-        return [site.units for site in built] == [*units] * 3 and built[0].width == heads.width
-
-    keeps_head_dim = name in (
+KEEPS_HEAD_DIM = (
+    *(
         "vit",
         "deit",
         "dinov2",
         "dinov2:swiglu",
+        "beit",
+        "beit:shared",
         "llama",
         "llama:mha",
         "mistral",
         "qwen2",
         "qwen3",
-        "gemma",
-    )
-    assert says((heads.units, neurons.units))
-    assert says((heads.units // 2, neurons.units)) is keeps_head_dim
-    assert says((heads.units, 24)) is (not name.startswith("dinov2"))
-    assert says((heads.units, 32)) is (name != "dinov2:swiglu")
-    assert not says((0, neurons.units)) and not says((heads.units, 0))
+    ),
+    *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "t5", "t5:gated"),
+)
+
+
+def test_a_field_has_one_value():
+    """Encoder and decoder of BART have fields of their own, those of T5 share them."""
+    for name, alone in (("bart", True), ("t5", False)):
+        model = make_model(name)
+        units = {site.name: 24 for site in find_sites(model, kinds=["neurons"]) if site.stack == "encoder"}
+        config = uniform_config(model.config, family_of(model), find_sites(model), units=units)
+        assert (config is not None) is alone
+        if alone:
+            assert (config.encoder_ffn_dim, config.decoder_ffn_dim) == (24, 40)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_which_plain_configs_can_say_what(name):
+    """Fewer heads can only be said where the head dimension has a field of its own, and only as the architecture's checks
+    allow; fewer neurons everywhere, but for DINOv2, which counts them in multiples of the hidden size."""
+    model = make_model(name)
+    found, family = find_sites(model), family_of(model)
+
+    def says(*, heads=1.0, neurons=1.0):
+        shares = {"heads": heads, "neurons": neurons}
+        units = {site.name: int(site.units * shares[site.kind]) for site in found}
+        config = uniform_config(model.config, family, found, units=units)
+        if config is None:
+            return False
+        with torch.device("meta"):
+            built = find_sites(
+                auto_class(name, "AutoModel")._from_config(config)
+                if name == "siglip_text_model"
+                else transformers.AutoModel.from_config(config)
+            )
+        assert [site.width for site in built] == [site.width for site in found] or name == "falcon:mqa"
+        return {site.name: site.units for site in built} == units
+
+    assert says()
+    if name not in NO_HEADS_TO_CHOOSE and EXPECTED[name].get("vision", " 4")[1] != "3":
+        assert says(heads=0.5) is (name in KEEPS_HEAD_DIM)
+        assert not says(heads=0.0)
+    assert says(neurons=0.5) is (name not in ("dinov2:swiglu", "bloom"))
+    assert says(neurons=0.75) is (name not in ("dinov2", "dinov2:swiglu", "bloom"))
+    assert not says(neurons=0.0)
     assert vars(model.config) == vars(make_model(name).config), "the model's own config was changed"

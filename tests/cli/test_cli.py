@@ -18,7 +18,7 @@ from hfcompress.hub import verify
 from tests.families import make_inputs, make_model, run_model
 from tests.hub.folders import all_fine, none_fine, save_pruned
 
-COMMANDS = ("run", "measure", "inspect", "quantize", "push", "verify")
+COMMANDS = ("run", "measure", "inspect", "quantize", "vocabulary", "push", "verify")
 
 _HELP = """
 import contextlib, io, json, sys
@@ -44,7 +44,7 @@ def test_help_teaches_and_imports_nothing_heavy():
     )
     found, heavy = json.loads(done.stdout)
     assert heavy == []
-    assert len(found) == 7 and {status for status, _ in found.values()} == {0}
+    assert len(found) == 8 and {status for status, _ in found.values()} == {0}
     for command, (_, text) in found.items():
         assert re.search(rf"examples?:\n  hfcompress {command}", text), command
     assert all(f"hfcompress {name} " in found[""][1] or name == "verify" for name in COMMANDS)

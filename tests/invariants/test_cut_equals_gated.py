@@ -13,14 +13,16 @@ from tests.families import (
     CONFIGS,
     DECODERS,
     HEADS,
-    IMAGE_FAMILIES,
     ONLY_EAGER,
-    PATTERNS,
+    SEQ2SEQ,
+    TEXT,
     choose_units,
     largest_difference,
     make_inputs,
     make_model,
     others,
+    patterns_of,
+    predictions,
     run_model,
     task_class,
 )
@@ -32,7 +34,7 @@ BARE = [
     if (name, attention) not in [(only, "sdpa") for only in ONLY_EAGER]
 ]
 WITH_HEAD = [(name, auto) for auto, names in HEADS.items() for name in names]
-TEXT = [name for name in CONFIGS if name not in IMAGE_FAMILIES]
+READS_TEXT = [*TEXT, *(name for name in SEQ2SEQ if name != "whisper")]
 TOLERANCE = 1e-5
 
 
@@ -58,28 +60,30 @@ def check(model, inputs, pattern):
 
 
 def test_the_tables_cover_everything():
-    assert len(CONFIGS) == 20
+    assert len(CONFIGS) == 48
     types = {name.partition(":")[0] for name in CONFIGS}
     assert types == {model_type for family in FAMILIES for model_type in family.model_types}, (
         "an entry without a config"
     )
-    assert len(BARE) == 2 * 20 - 2
-    assert {name for name, _ in WITH_HEAD} == set(CONFIGS)
-    assert len(WITH_HEAD) == 57
-    assert len(TEXT) == 16 and len(DECODERS) == 8 and set(DECODERS) < set(TEXT)
+    assert len(BARE) == 2 * 48 - 5
+    assert set(CONFIGS) - {name for name, _ in WITH_HEAD} == {
+        f"{name}_{tower}_model" for name in ("clip", "siglip") for tower in ("text", "vision")
+    }, "models of one tower have no heads"
+    assert len(WITH_HEAD) == 121
+    assert len(READS_TEXT) == 34 and len(DECODERS) == 16 and set(DECODERS) < set(TEXT)
 
 
 @pytest.mark.parametrize(("name", "attention"), BARE)
 def test_the_bare_model(name, attention):
     model, inputs = make_model(name, attention=attention), make_inputs(name)
     assert model.config._attn_implementation == attention
-    for pattern in PATTERNS:
+    for pattern in patterns_of(name):
         check(copy.deepcopy(model), inputs, pattern)
 
 
 @pytest.mark.parametrize(("name", "auto"), WITH_HEAD)
 def test_every_head_on_top(name, auto):
-    model, inputs = make_model(name, auto), make_inputs(name)
+    model, inputs = make_model(name, auto), make_inputs(name, auto)
     for pattern in ("both", "empty"):
         check(copy.deepcopy(model), inputs, pattern)
 
@@ -96,7 +100,7 @@ def test_nothing_is_left_at_all(name):
     assert largest_difference(gated, run_model(model, inputs)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", READS_TEXT)
 def test_padding_does_not_matter_to_a_cut_model(name):
     """Real tokens get the same output in a padded batch as alone."""
     model, inputs = make_model(name), make_inputs(name)
@@ -104,8 +108,10 @@ def test_padding_does_not_matter_to_a_cut_model(name):
     real = int(inputs["attention_mask"][-1].sum())
     assert real < inputs["input_ids"].shape[1]
     alone = {key: value[-1:, :real] for key, value in inputs.items()}
-    together = run_model(model, inputs)["last_hidden_state"][-1:, :real]
-    assert float((run_model(model, alone)["last_hidden_state"] - together).abs().max()) <= TOLERANCE
+    apart = run_model(model, alone)["last_hidden_state"]
+    together = run_model(model, inputs)["last_hidden_state"][-1:, : apart.shape[1]]
+    assert apart.shape[1] == alone.get("decoder_input_ids", alone["input_ids"]).shape[1]
+    assert float((apart - together).abs().max()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -132,8 +138,7 @@ def test_a_cut_model_trains(name):
     changes = cut(model, Plan(keep))
     new_to_old = {id(change.new): change for change in changes}
     for one in (model, gated):
-        outputs = one(**inputs)
-        outputs.logits.square().mean().backward()
+        predictions(one(**inputs)).square().mean().backward()
     compared = 0
     by_name = dict(gated.named_parameters())
     for path, parameter in model.named_parameters():
@@ -185,7 +190,7 @@ def test_generation_with_every_cache(name, pattern):
     gated = {kind: generate(model, inputs, cache_implementation=kind) for kind in ("dynamic", "static")}
     gates.remove()
     cut(model, Plan(keep))
-    assert bool(find_sites(model)[0].units) is (pattern == "both")
+    assert name == "bloom" or bool(find_sites(model)[0].units) is (pattern == "both")
     assert expected.shape == (2, inputs["input_ids"].shape[1] + 6)
     checked = 0
     for kind, (tokens, scores) in gated.items():
@@ -195,6 +200,30 @@ def test_generation_with_every_cache(name, pattern):
         assert float((cut_scores - expected_scores).abs().max()) <= 1e-4, kind
         checked += 1
     assert checked == 2
+
+
+@pytest.mark.parametrize("pattern", ["both", "empty"])
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_generation_of_encoder_decoders(name, pattern):
+    """Caches of both attentions of the decoder, and beams, which reorder them."""
+    auto = task_class(name)
+    model = make_model(name, auto)
+    inputs = {key: value for key, value in make_inputs(name, auto).items() if key != "decoder_input_ids"}
+    keep = choose_units(find_sites(model), pattern)
+    gates = close(model, keep)
+    ways = {"greedy": {}, "static": {"cache_implementation": "static"}, "beams": {"num_beams": 3}}
+    expected = {
+        way: generate(model, inputs, use_cache=False, **kwargs) for way, kwargs in ways.items() if way != "static"
+    }
+    expected["static"] = expected["greedy"]
+    gates.remove()
+    cut(model, Plan(keep))
+    left = {site.name: site.units for site in find_sites(model, kinds=["heads"])}
+    assert all(left.values()) is (pattern == "both") and any("cross_heads" in site for site in left)
+    for way, kwargs in ways.items():
+        tokens, scores = generate(model, inputs, **kwargs)
+        assert torch.equal(tokens, expected[way][0]), way
+        assert float((scores - expected[way][1]).abs().max()) <= 1e-4, way
 
 
 def test_generation_would_notice_a_wrong_cut():

@@ -22,10 +22,24 @@ from hfcompress.measurement import (
     measure_latency,
     speedup,
 )
-from tests.families import CONFIGS, DECODERS, IMAGE_FAMILIES, make_inputs, make_model
+from tests.families import (
+    AUDIO_FAMILIES,
+    CONFIGS,
+    DECODERS,
+    IMAGE_FAMILIES,
+    SEQ2SEQ,
+    TEXT_TOWERS,
+    TWO_TOWERS,
+    make_inputs,
+    make_model,
+    predictions,
+    run_model,
+)
 
 ROWS = {"x": torch.zeros(4, 8)}
-MAX_LENGTH = {name: 64 for name in CONFIGS} | {"roberta": 62, "distilbert": 512}
+MAX_LENGTH = {name: 64 for name in CONFIGS} | {"roberta": 62, "mpnet": 62, "distilbert": 512, "whisper": 32}
+MAX_LENGTH |= dict.fromkeys((*TEXT_TOWERS, *TWO_TOWERS), 16) | dict.fromkeys(("falcon", "falcon:mqa"), 2048)
+UNLIMITED = ("bloom", "t5", "t5:gated")  # positions are relative
 
 
 class Clock:
@@ -177,11 +191,16 @@ def test_a_four_bit_model_can_still_be_trained_afterwards(tmp_path):
     assert sum(bias.grad is not None for bias in biases) == 3 * 6 + 1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# One stack of three layers, each run once.
+@pytest.mark.parametrize(
+    "name", ["bert", "vit", "gpt2", "opt", "llama", "deberta-v2", "wav2vec2", "swin", "mpnet", "bloom"]
+)
 def test_the_scope_of_layers_leaves_out_embeddings_and_head(name, clock):
     model = make_model(name)
     layers = find_layers(model)
     assert len(layers) == 3
+    hooks = [len(layer._forward_pre_hooks) for layer in layers], [len(layer._forward_hooks) for layer in layers]
+    assert hooks == ([0] * 3, [0] * 3)
     model.register_forward_pre_hook(clock.hook(100.0))
     model.register_forward_hook(clock.hook(1000.0))
     layers[0].register_forward_pre_hook(clock.hook(10.0))  # what others hooked on to a layer belongs to it
@@ -198,10 +217,34 @@ def test_the_scope_of_layers_leaves_out_embeddings_and_head(name, clock):
     assert [len(layer._forward_hooks) for layer in layers] == [1, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [
+        ("albert", 3),  # one layer, three times
+        ("albert:groups", 4),
+        ("bart", 5),
+        ("t5", 5),
+        ("whisper", 5),
+        ("clip", 5),  # the tower of images first
+        ("siglip", 5),
+    ],
+)
+def test_the_scope_of_layers_spans_all_stacks(name, runs, clock):
+    model = make_model(name)
+    model.register_forward_pre_hook(clock.hook(100.0))
+    model.register_forward_hook(clock.hook(1000.0))
+    for layer in find_layers(model):
+        layer.register_forward_pre_hook(clock.hook(2.0))
+        layer.register_forward_hook(clock.hook(1.0))
+    measured = measure_latency(model, make_inputs(name), rounds=2, warmup=1, scope="layers")
+    assert measured.samples_ms == pytest.approx((3000.0 * runs,) * 2)
+    assert {len(layer._forward_hooks) for layer in find_layers(model)} == {1}, "hooks were left"
+
+
 def test_layers_that_are_not_known_or_do_not_run_are_an_error(monkeypatch):
     with pytest.raises(StructureError):
         measure_latency(nn.Linear(8, 8), {"input": torch.zeros(4, 8)}, scope="layers")
-    monkeypatch.setattr(latency, "find_layers", lambda _: [nn.Identity()])
+    monkeypatch.setattr(latency, "_stacks", lambda _: [[nn.Identity()]])
     with pytest.raises(ValueError, match="BertModel did not run its first and last layer"):
         measure_latency(make_model("bert"), make_inputs("bert"), scope="layers")
 
@@ -247,21 +290,51 @@ def test_nothing_to_measure_is_an_error():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_example_inputs_are_valid_for_every_family(name):
     model = make_model(name)
-    if name in IMAGE_FAMILIES:
+    if name in IMAGE_FAMILIES or name in AUDIO_FAMILIES:
         inputs = example_inputs(model, batch=3)
-        assert {key: tuple(value.shape) for key, value in inputs.items()} == {"pixel_values": (3, 3, 16, 16)}
+        expected = {"input_values": (3, 16000)} if name in AUDIO_FAMILIES else {"pixel_values": (3, 3, 16, 16)}
+        assert {key: tuple(value.shape) for key, value in inputs.items()} == expected
     else:
         length = MAX_LENGTH[name]
         inputs = example_inputs(model, batch=3, length=length)
-        assert {key: tuple(value.shape) for key, value in inputs.items()} == dict.fromkeys(
-            ("input_ids", "attention_mask"), (3, length)
-        )
-        assert inputs["attention_mask"].all()
-        with pytest.raises(ValueError, match=f"length={length + 1}: .* takes 1 to {length} tokens"):
-            example_inputs(model, batch=3, length=length + 1)
-    with torch.no_grad():
-        assert model(**inputs).last_hidden_state.isfinite().all()
+        expected = dict.fromkeys(("input_ids", "attention_mask"), (3, length))
+        if name in SEQ2SEQ:
+            expected["decoder_input_ids"] = (3, length)
+        if name in TWO_TOWERS:
+            expected["pixel_values"] = (3, 3, 16, 16)
+        if name == "whisper":
+            expected = {"input_features": (3, 8, 24), "decoder_input_ids": (3, length)}
+            assert example_inputs(model, batch=1)["decoder_input_ids"].shape == (1, 1)
+        assert {key: tuple(value.shape) for key, value in inputs.items()} == expected
+        assert name == "whisper" or inputs["attention_mask"].all()
+        if name not in UNLIMITED:
+            with pytest.raises(ValueError, match=f"length={length + 1}: .* takes 1 to {length} tokens"):
+                example_inputs(model, batch=3, length=length + 1)
+        if length == 2048:
+            inputs = example_inputs(model, batch=3, length=8)
+    assert predictions(run_model(model, inputs)).isfinite().all()
     assert count_flops(model, inputs) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "expected"),
+    [
+        ("bart", "AutoModelForCausalLM", {"input_ids", "attention_mask"}),
+        ("bart", "AutoModelForSeq2SeqLM", {"input_ids", "attention_mask", "decoder_input_ids"}),
+        ("t5", "AutoModelForTokenClassification", {"input_ids", "attention_mask"}),
+        ("whisper", "AutoModelForCausalLM", {"input_ids", "attention_mask"}),
+        ("whisper", "AutoModelForAudioClassification", {"input_features"}),
+        ("whisper", "AutoModelForSpeechSeq2Seq", {"input_features", "decoder_input_ids"}),
+        ("wav2vec2", "AutoModelForCTC", {"input_values"}),
+        ("clip", "AutoModelForImageClassification", {"pixel_values"}),
+        ("siglip", "AutoModelForZeroShotImageClassification", {"input_ids", "attention_mask", "pixel_values"}),
+    ],
+)
+def test_example_inputs_are_those_of_the_part_that_a_head_uses(name, auto, expected):
+    model = make_model(name, auto)
+    inputs = example_inputs(model, batch=2, length=400 if name == "wav2vec2" else 6)
+    assert set(inputs) == expected
+    assert predictions(run_model(model, inputs)).isfinite().all()
 
 
 def test_example_inputs_suit_classifiers_of_decoders_which_look_for_padding():
@@ -270,7 +343,7 @@ def test_example_inputs_suit_classifiers_of_decoders_which_look_for_padding():
             continue
         model = make_model(name, "AutoModelForSequenceClassification")
         assert model(**example_inputs(model, batch=3, length=5)).logits.shape == (3, 2)
-    assert len(DECODERS) == 8
+    assert len(DECODERS) == 16
 
 
 def test_roberta_itself_has_no_more_positions_than_are_said():
@@ -314,9 +387,10 @@ def test_images_have_the_type_of_the_model_and_may_be_oblong():
 
 
 def test_example_inputs_refuse_what_they_cannot_make():
-    t5 = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration"):
-        example_inputs(transformers.T5ForConditionalGeneration(t5), batch=1, length=4)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    conformer = transformers.Wav2Vec2BertConfig(**sizes, feature_projection_input_dim=8)
+    with pytest.raises(ValueError, match=r"Wav2Vec2BertModel .*build its inputs by hand"):
+        example_inputs(transformers.Wav2Vec2BertModel(conformer), batch=1, length=4)
     with pytest.raises(ValueError, match="Linear"):
         example_inputs(nn.Linear(2, 2), batch=1, length=4)
     model = make_model("bert")

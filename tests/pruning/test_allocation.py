@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,14 +14,16 @@ from hypothesis import strategies as st
 
 from hfcompress.anatomy import Site
 from hfcompress.config import PruneConfig
-from hfcompress.pruning import BudgetError, allocate
+from hfcompress.measurement.costs import Costs
+from hfcompress.pruning import BudgetError, Curve, allocate
+from hfcompress.pruning.allocation import Layer, Option, counts_allowed, solve
 
 
 def make_site(name, units, cost, kind="neurons"):
     """A site without a model: allocation looks at nothing else."""
     return Site(
-        name=name, kind=kind, layer=0, block="", reader="", writers=(), units=units, width=1, query_heads=0,
-        parameters_per_unit=cost,
+        name=name, kind=kind, stack="", layer=0, blocks=("",), readers=("",), writers=(), units=units, width=1, hidden=1,
+        query_heads=0, parameters_per_unit=cost,
     )  # fmt: skip
 
 
@@ -31,307 +36,283 @@ def make_config(*, heads=(1, 0), neurons=(1, 0), **kwargs):
     )
 
 
+def make_costs(sites, *, fixed=0.0, rest=0.0, units=None):
+    layers = dict.fromkeys([site.name.rpartition(".")[0] for site in sites], float(fixed))
+    counts = units or {site.name: site.units for site in sites}
+    arrays = {site.name: np.arange(counts[site.name] + 1) * float(site.parameters_per_unit) for site in sites}
+    return Costs(quantity="parameters", rest=rest, fixed=layers, sites=arrays)
+
+
 def allowed(site, config):
     """The counts a site may be left with, straight from the definition."""
     multiple, least = getattr(config.multiple_of, site.kind), getattr(config.at_least, site.kind)
-    if site.kind not in config.units:
-        return {site.units}
-    return {n for n in range(site.units) if n % multiple == 0 and n >= least} | {site.units}
+    counts = {site.units} | ({0} if "sublayers" in config.units else set())
+    if site.kind in config.units:
+        counts |= {n for n in range(site.units) if n % multiple == 0 and n >= least}
+    return counts
 
 
-def removed(sites, counts):
-    return sum(site.parameters_per_unit * (site.units - count) for site, count in zip(sites, counts, strict=True))
+def run(sites, curves, costs, budget, config, **kwargs):
+    kwargs.setdefault("original", {site.name: site.units for site in sites})
+    return allocate(sites, curves, costs, budget, config, **kwargs)
 
 
-def lost(sites, scores, counts):
-    """The score that goes when each site keeps its best units."""
-    return sum(
-        float(scores[site.name].double().sort(descending=True).values[count:].sum())
-        for site, count in zip(sites, counts, strict=True)
-    )
+def draw_curves(sites, seed):
+    """Random curves, not convex."""
+    curves = {}
+    for number, site in enumerate(sites):
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        steps = torch.rand(site.units, generator=generator, dtype=torch.float64) ** 3
+        loss = torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
+        curves[site.name] = Curve(torch.randperm(site.units, generator=generator), loss)
+    return curves
 
 
-def largest_chunk(sites, config):
-    """The most parameters that are dropped together."""
-    return max(
-        site.parameters_per_unit * (upper - lower)
-        for site in sites
-        for lower, upper in itertools.pairwise([*sorted(allowed(site, config)), site.units])
-    )
+def lost(sites, curves, counts):
+    return sum(float(curves[s.name].loss[s.units - c]) for s, c in zip(sites, counts, strict=True))
 
 
 @st.composite
-def problems(draw, *, tiny):
+def problems(draw, *, tiny=True):
     sites = []
-    for number in range(draw(st.integers(1, 3 if tiny else 6))):
+    for number in range(draw(st.integers(1, 4 if tiny else 6))):
         kind = draw(st.sampled_from(["heads", "neurons"]))
-        sites.append(make_site(f"{number}", draw(st.integers(1, 5 if tiny else 30)), draw(st.integers(1, 9)), kind))
+        name = f"encoder.{number // 2}.{kind}{number}"
+        sites.append(make_site(name, draw(st.integers(1, 5 if tiny else 30)), draw(st.integers(1, 9)), kind))
     pairs = st.tuples(st.integers(1, 3), st.integers(0, 2))
-    config = make_config(heads=draw(pairs), neurons=draw(pairs))
-    seed = draw(st.integers(0, 10**6))
-    scores = {
-        site.name: torch.rand(site.units, generator=torch.Generator().manual_seed(seed + number))
-        * site.parameters_per_unit
-        for number, site in enumerate(sites)
-    }
-    return sites, scores, config, draw(st.floats(0, 0.999))
+    units = draw(st.sampled_from([["heads", "neurons"], ["heads", "neurons", "sublayers"], ["neurons"], ["sublayers"]]))
+    config = make_config(heads=draw(pairs), neurons=draw(pairs), units=units)
+    return sites, draw_curves(sites, draw(st.integers(0, 10**6))), config, draw(st.floats(0.001, 1.0))
 
 
-def solve(sites, scores, config, sparsity, **kwargs):
-    return allocate(sites, scores, {site.name: site.units for site in sites}, config, sparsity=sparsity, **kwargs)
-
-
-@settings(max_examples=200, deadline=None)
-@given(problem=problems(tiny=True))
+@settings(max_examples=250, deadline=None)
+@given(problem=problems())
 def test_against_brute_force(problem):
-    """Of everything allowed: the budget is met; whatever removes as much loses no less; and it is refused only if nothing does."""
-    sites, scores, config, sparsity = problem
-    total = removed(sites, [0] * len(sites))
-    budget = sparsity * total
+    """Whole numbers of parameters are multiples of a step, so the plan is the best of everything allowed under the budget."""
+    sites, curves, config, share = problem
+    costs = make_costs(sites)
+    budget = float(math.ceil(share * costs.total({s.name: s.units for s in sites})))
     everything = list(itertools.product(*(sorted(allowed(site, config)) for site in sites)))
-    try:
-        plan = solve(sites, scores, config, sparsity)
-    except BudgetError as error:
-        largest = max(removed(sites, counts) for counts in everything)
-        assert largest < budget
-        assert f"at most {largest / total:.3f}" in str(error)
+    affordable = [c for c in everything if costs.total(dict(zip([s.name for s in sites], c, strict=True))) <= budget]
+    if not affordable:
+        with pytest.raises(BudgetError, match="cannot be reached with units"):
+            run(sites, curves, costs, budget, config)
         return
+    plan = run(sites, curves, costs, budget, config)
     counts = tuple(len(plan.keep[site.name]) for site in sites)
-    assert counts in everything
-    gone = removed(sites, counts)
-    assert gone >= budget - 1e-6 * total
-    # The weakest per parameter go first, so no other choice removes at least as much and loses less.
-    best = min(lost(sites, scores, other) for other in everything if removed(sites, other) >= gone)
-    assert lost(sites, scores, counts) <= best + 1e-6
+    assert counts in affordable
+    assert lost(sites, curves, counts) == pytest.approx(min(lost(sites, curves, c) for c in affordable), abs=1e-12)
     for site, count in zip(sites, counts, strict=True):
-        weakest_kept = min((float(scores[site.name][unit]) for unit in plan.keep[site.name]), default=float("inf"))
-        dropped = set(range(site.units)) - set(plan.keep[site.name])
-        assert all(float(scores[site.name][unit]) <= weakest_kept for unit in dropped)
-        assert plan.keep[site.name] == tuple(sorted(plan.keep[site.name])) and len(plan.keep[site.name]) == count
-
-
-@settings(max_examples=200, deadline=None)
-@given(problem=problems(tiny=False))
-def test_the_budget_is_met_with_at_most_one_chunk_too_many(problem):
-    sites, scores, config, sparsity = problem
-    total = removed(sites, [0] * len(sites))
-    try:
-        plan = solve(sites, scores, config, sparsity)
-    except BudgetError:
-        floor = removed(sites, [min(allowed(site, config)) for site in sites])
-        assert floor < sparsity * total
-        return
-    gone = removed(sites, [len(plan.keep[site.name]) for site in sites])
-    assert gone >= sparsity * total - 1e-6 * total
-    assert gone == 0 or gone < sparsity * total + largest_chunk(sites, config) + 1e-6
-    for site in sites:
-        count, kind = len(plan.keep[site.name]), site.kind
-        assert count == site.units or count % getattr(config.multiple_of, kind) == 0
-        assert count >= min(site.units, getattr(config.at_least, kind))
+        assert plan.keep[site.name] == tuple(sorted(curves[site.name].order[site.units - count :].tolist()))
 
 
 @settings(max_examples=150, deadline=None)
-@given(problem=problems(tiny=False), more=st.floats(0, 0.999), scope=st.sampled_from(["global", "site"]))
-def test_more_sparsity_never_brings_a_unit_back(problem, more, scope):
-    sites, scores, config, sparsity = problem
-    config = config.model_copy(update={"scope": scope})
-    try:
-        low, high = (solve(sites, scores, config, value) for value in sorted((sparsity, more)))
-    except BudgetError:
-        return
-    assert low.keep.keys() == high.keep.keys() == {site.name for site in sites}
-    assert all(set(high.keep[name]) <= set(low.keep[name]) for name in low.keep)
-
-
-@settings(max_examples=150, deadline=None)
-@given(problem=problems(tiny=False), value=st.sampled_from([0.0, 0.1, 1.0, 1 / 3]), double=st.booleans())
-def test_ties_are_broken_the_same_way_every_time(problem, value, double):
-    """Equal scores per parameter everywhere: the first units of a site stay, and still not one chunk too many goes."""
-    sites, _, config, sparsity = problem
-    dtype = torch.float64 if double else torch.float32
-    scores = {s.name: torch.full((s.units,), value, dtype=dtype) * s.parameters_per_unit for s in sites}
-    total = removed(sites, [0] * len(sites))
-    try:
-        plan = solve(sites, scores, config, sparsity)
-    except BudgetError:
-        return
-    assert plan == solve(sites, {name: score.clone() for name, score in scores.items()}, config, sparsity)
-    assert all(units == tuple(range(len(units))) for units in plan.keep.values())
-    gone = removed(sites, [len(plan.keep[site.name]) for site in sites])
-    assert gone == 0 or gone < sparsity * total + largest_chunk(sites, config) + 1e-6
-
-
-def test_rounding_does_not_turn_ties_around():
-    """In float64 five times 0.1 over five is a little less than 0.1: the first unit has to go before the other five all the
-    same, or all six go where one is asked for."""
-    scores = {"a": torch.full((6,), 0.1, dtype=torch.float64)}
-    plan = solve([make_site("a", 6, 7)], scores, make_config(neurons=(5, 0)), 1 / 6)
-    assert plan.keep == {"a": (0, 1, 2, 3, 4)}
-
-
-def test_by_hand():
-    """Two sites; per parameter the scores are 1, 2, 3, 4 and 0.5, 1.5, 2.5."""
-    sites = [make_site("a", 4, 10), make_site("b", 3, 20, "heads")]
-    scores = {"a": torch.tensor([10.0, 20, 30, 40]), "b": torch.tensor([10.0, 30, 50])}
-    config = make_config()
-    kept = {}
-    for sparsity in (0.0, 0.2, 0.21, 0.31, 0.5, 0.6, 0.99):
-        plan = solve(sites, scores, config, sparsity)
-        kept[sparsity] = (plan.keep["a"], plan.keep["b"])
-    assert kept == {
-        0.0: ((0, 1, 2, 3), (0, 1, 2)),
-        0.2: ((0, 1, 2, 3), (1, 2)),  # 20 of 100
-        0.21: ((1, 2, 3), (1, 2)),  # 30
-        0.31: ((1, 2, 3), (2,)),  # 50
-        0.5: ((1, 2, 3), (2,)),
-        0.6: ((2, 3), (2,)),
-        0.99: ((), ()),
+@given(problem=problems(), fixed=st.integers(0, 30), rest=st.integers(0, 20), seed=st.integers(0, 10**6))
+def test_whole_layers_against_brute_force(problem, fixed, rest, seed):
+    sites, curves, config, share = problem
+    config = config.model_copy(update={"units": [*config.units, "layers"]})
+    names = list(dict.fromkeys(site.name.rpartition(".")[0] for site in sites))
+    costs = make_costs(sites, fixed=fixed, rest=float(rest))
+    losses = {
+        name: float(value) for name, value in zip(names, np.random.default_rng(seed).random(len(names)), strict=True)
     }
-
-
-def test_kinds_that_are_not_asked_for_stay():
-    sites = [make_site("a", 4, 10), make_site("b", 4, 10, "heads")]
-    scores = {"a": torch.ones(4), "b": torch.zeros(4)}
-    plan = solve(sites, scores, make_config(units=["neurons"]), 0.25)
-    assert plan.keep == {"a": (0, 1), "b": (0, 1, 2, 3)}
-    with pytest.raises(BudgetError, match=r"0\.600 cannot be reached with units \['neurons'\].*at most 0\.500"):
-        solve(sites, scores, make_config(units=["neurons"]), 0.6)
-
-
-def test_a_budget_out_of_reach_names_what_is_in_reach():
-    sites = [make_site("a", 16, 3), make_site("b", 4, 10, "heads")]
-    scores = {"a": torch.rand(16), "b": torch.rand(4)}
-    config = make_config(neurons=(8, 8), heads=(1, 1))
-    # 8 neurons and 3 heads can go: 24 + 30 of 88.
-    with pytest.raises(BudgetError, match=r"0\.700 .*at_least heads 1, neurons 8: at most 0\.614; ask for less"):
-        solve(sites, scores, config, 0.7)
-    plan = solve(sites, scores, config, 54 / 88)
-    assert (len(plan.keep["a"]), len(plan.keep["b"])) == (8, 1)
-
-
-@pytest.mark.parametrize("scope", ["global", "site"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_scores_that_are_no_numbers_are_refused(bad, scope):
-    sites = [make_site("encoder.0.neurons", 4, 10), make_site("encoder.1.neurons", 4, 10)]
-    scores = {"encoder.0.neurons": torch.rand(4), "encoder.1.neurons": torch.tensor([1.0, bad, 2.0, 3.0])}
-    with pytest.raises(BudgetError, match=r"encoder\.1\.neurons: scores hold NaN or infinity"):
-        solve(sites, scores, make_config(scope=scope), 0.5)
-
-
-# ---- a model that was pruned before ----
-
-
-def test_the_budget_counts_from_the_dense_model():
-    """Of 200 parameters 60 are gone already: half of all are 40 more."""
-    sites = [make_site("a", 4, 10), make_site("b", 10, 10), make_site("skipped", 0, 10)]
-    scores = {"a": torch.arange(4.0) + 100, "b": torch.arange(10.0)}
-    original = {"a": 5, "b": 10, "skipped": 5}
-    plan = allocate(sites, scores, original, make_config(), sparsity=0.5)
-    assert plan.keep == {"a": (0, 1, 2, 3), "b": (4, 5, 6, 7, 8, 9), "skipped": ()}
-    nothing = allocate(sites, scores, original, make_config(), sparsity=0.2)
-    assert nothing.keep == {"a": (0, 1, 2, 3), "b": tuple(range(10)), "skipped": ()}
+    budget = float(math.ceil(share * costs.total({s.name: s.units for s in sites})))
+    must_stay = max(names, key=losses.get)  # one layer of a stack always stays
+    best = math.inf
+    for gone in itertools.chain.from_iterable(itertools.combinations(names, k) for k in range(len(names))):
+        if must_stay in gone:
+            continue
+        left = [site for site in sites if site.name.rpartition(".")[0] not in gone]
+        for counts in itertools.product(*(sorted(allowed(site, config)) for site in left)):
+            units = dict(zip([s.name for s in left], counts, strict=True))
+            if costs.total(units, layers=set(names) - set(gone)) <= budget:
+                best = min(best, lost(left, curves, counts) + sum(losses[name] for name in gone))
+    if math.isinf(best):
+        with pytest.raises(BudgetError):
+            run(sites, curves, costs, budget, config, layer_losses=losses)
+        return
+    plan = run(sites, curves, costs, budget, config, layer_losses=losses)
+    left = [site for site in sites if site.name in plan.keep]
+    kept = {f"encoder.{number}" for number in plan.layers.get("encoder", range(len(names)))}
+    assert kept == {site.name.rpartition(".")[0] for site in left} and must_stay in kept
+    counts = [len(plan.keep[site.name]) for site in left]
+    assert costs.total({s.name: c for s, c in zip(left, counts, strict=True)}, layers=kept) <= budget
+    found = lost(left, curves, counts) + sum(losses[name] for name in set(names) - kept)
+    assert found == pytest.approx(best, abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
-@given(problem=problems(tiny=False), first=st.floats(0, 0.9))
-def test_two_steps_end_where_one_does(problem, first):
-    """With the same scores, pruning in two steps leaves the units that one step leaves."""
-    sites, scores, config, second = problem
-    original = {site.name: site.units for site in sites}
-    first, second = sorted((first, second))
-    try:
-        once = allocate(sites, scores, original, config, sparsity=second)
-    except BudgetError:
+@given(seed=st.integers(0, 10**6), share=st.floats(0.05, 1.0))
+def test_costs_that_are_no_multiples_of_a_step(seed, share):
+    """Never over the budget, and no worse than the best under a budget that is smaller by the rounding."""
+    rng = np.random.default_rng(seed)
+    groups = [
+        [Option(n, float(loss), float(cost)) for n, (loss, cost) in enumerate(rng.random((4, 2)))] for _ in range(5)
+    ]
+    budget = share * sum(max(option.cost for option in group) for group in groups)
+    layers = [Layer(tuple(tuple(group) for group in groups))]
+    choice = solve(layers, budget)
+    everything = list(itertools.product(*groups))
+    fits = [c for c in everything if sum(o.cost for o in c) <= budget]
+    if not fits:
+        assert choice is None
         return
-    half = allocate(sites, scores, original, config, sparsity=first)
-    left = [make_site(s.name, len(half.keep[s.name]), s.parameters_per_unit, s.kind) for s in sites]
-    left_scores = {name: scores[name][list(units)] for name, units in half.keep.items()}
-    twice = allocate(left, left_scores, original, config, sparsity=second)
-    assert {name: tuple(half.keep[name][unit] for unit in units) for name, units in twice.keep.items()} == once.keep
+    assert choice is not None and choice[0] is not None
+    assert sum(o.cost for o in choice[0]) <= budget * (1 + 1e-9)
+    smaller = [c for c in everything if sum(o.cost for o in c) <= budget * (1 - 6 / 4096)]
+    best = min((sum(o.loss for o in c) for c in smaller), default=math.inf)
+    assert sum(o.loss for o in choice[0]) <= best + 1e-12
+
+
+def test_a_model_of_32_layers_takes_a_moment():
+    """No timing to pass or fail on but a runaway: 64 sites with up to 11,008 units."""
+    sites = []
+    for number in range(32):
+        sites += [
+            make_site(f"decoder.{number}.heads", 32, 67_000, "heads"),
+            make_site(f"decoder.{number}.neurons", 11_008, 12),
+        ]
+    curves, costs = draw_curves(sites, 1), make_costs(sites)
+    budget = 0.5 * costs.total({s.name: s.units for s in sites})
+    start = time.perf_counter()
+    plan = run(sites, curves, costs, budget, make_config(neurons=(64, 64), heads=(1, 1)))
+    assert time.perf_counter() - start < 20
+    spent = costs.total({name: len(units) for name, units in plan.keep.items()})
+    assert 0.99 * budget < spent <= budget
+
+
+def test_by_hand():
+    """Two sites; removing costs 1, 2, 3, 4 per 10 parameters and 1, 3, 5 per 20."""
+    sites = [make_site("e.0.a", 4, 10), make_site("e.0.b", 3, 20, "heads")]
+    curves = {
+        "e.0.a": Curve.from_scores(torch.tensor([1.0, 2, 3, 4])),
+        "e.0.b": Curve.from_scores(torch.tensor([1.0, 3, 5])),
+    }
+    lost = {}
+    for budget in (100, 90, 80, 70, 50, 40, 0):
+        keep = run(sites, curves, make_costs(sites), budget, make_config()).keep
+        assert 10 * len(keep["e.0.a"]) + 20 * len(keep["e.0.b"]) <= budget
+        lost[budget] = sum(float(curves[s.name].loss[s.units - len(keep[s.name])]) for s in sites)
+    # 1 neuron or 1 head; 1 head; both; 2 heads and 1 neuron (not 3 neurons and 1 head: 7); 2 heads and 2 neurons; everything.
+    assert lost == {100: 0, 90: 1, 80: 1, 70: 2, 50: 5, 40: 7, 0: 19}
+
+
+def test_kinds_that_are_not_asked_for_stay():
+    sites = [make_site("e.0.a", 4, 10), make_site("e.0.b", 4, 10, "heads")]
+    curves = {"e.0.a": Curve.from_scores(torch.ones(4)), "e.0.b": Curve.from_scores(torch.zeros(4))}
+    config = make_config(units=["neurons"])
+    assert run(sites, curves, make_costs(sites), 60, config).keep == {"e.0.a": (2, 3), "e.0.b": (0, 1, 2, 3)}
+    with pytest.raises(
+        BudgetError, match=r"39 parameters cannot be reached with units \['neurons'\].*at least 40 stay"
+    ):
+        run(sites, curves, make_costs(sites), 39, config)
+
+
+def test_sublayers_alone_go_whole():
+    sites = [make_site(f"e.{n}.a", 4, 10) for n in range(3)]
+    curves = {s.name: Curve.from_scores(torch.ones(4) * (n + 1)) for n, s in enumerate(sites)}
+    plan = run(sites, curves, make_costs(sites), 100, make_config(units=["sublayers"], neurons=(1, 2)))
+    assert {name: len(units) for name, units in plan.keep.items()} == {"e.0.a": 0, "e.1.a": 4, "e.2.a": 4}
+
+
+def test_what_is_gone_stays_gone():
+    sites = [make_site("e.0.a", 4, 10), make_site("e.1.a", 0, 10)]
+    curves = {"e.0.a": Curve.from_scores(torch.arange(4.0))}
+    costs = make_costs(sites, units={"e.0.a": 8, "e.1.a": 8})
+    plan = run(sites, curves, costs, 30, make_config(), original={"e.0.a": 8, "e.1.a": 8})
+    assert plan.keep == {"e.0.a": (1, 2, 3), "e.1.a": ()}
 
 
 # ---- scope "site" ----
 
 
 def test_every_site_gives_the_same_share():
-    sites = [make_site("a", 8, 10), make_site("b", 40, 3), make_site("c", 12, 50, "heads")]
-    scores = {site.name: torch.rand(site.units) for site in sites}
-    plan = solve(sites, scores, make_config(scope="site"), 0.25)
+    sites = [make_site("e.0.a", 8, 10), make_site("e.1.a", 40, 3), make_site("e.2.b", 12, 50, "heads")]
+    curves = draw_curves(sites, 3)
+    plan = run(sites, curves, make_costs(sites), 600, make_config(scope="site"))
     assert [len(plan.keep[site.name]) for site in sites] == [6, 30, 9]
-    # Neurons are 200 of 800 parameters; a quarter of all is more than there are.
-    with pytest.raises(BudgetError, match=r"\['neurons'\] would all have to go"):
-        solve(sites, scores, make_config(scope="site", units=["neurons"]), 0.25)
-    plan = solve(sites, scores, make_config(scope="site", units=["neurons"]), 0.125)
-    assert [len(plan.keep[site.name]) for site in sites] == [4, 20, 12]
+    with pytest.raises(BudgetError, match=r"same share of \['neurons'\] everywhere: at least 600 stay"):
+        run(sites, curves, make_costs(sites), 599, make_config(scope="site", units=["neurons"]))
 
 
 @settings(max_examples=100, deadline=None)
 @given(problem=problems(tiny=False))
-def test_the_same_share_as_near_as_is_allowed(problem):
-    sites, scores, config, sparsity = problem
-    plan = solve(sites, scores, config.model_copy(update={"scope": "site"}), sparsity)
-    for site in sites:
-        wanted = (1 - sparsity) * site.units
-        nearest = min(abs(count - wanted) for count in allowed(site, config))
-        assert len(plan.keep[site.name]) in allowed(site, config)
-        assert abs(len(plan.keep[site.name]) - wanted) <= nearest + 1e-6
-
-
-def test_the_same_share_of_the_dense_model():
-    sites = [make_site("a", 6, 10), make_site("b", 8, 10)]
-    scores = {"a": torch.rand(6), "b": torch.rand(8)}
-    plan = allocate(sites, scores, {"a": 8, "b": 8}, make_config(scope="site"), sparsity=0.5)
-    assert [len(plan.keep[name]) for name in "ab"] == [4, 4]
+def test_the_same_share_is_the_largest_that_fits(problem):
+    sites, curves, config, share = problem
+    config = config.model_copy(update={"scope": "site", "units": ["heads", "neurons"]})
+    costs = make_costs(sites)
+    budget = share * costs.total({s.name: s.units for s in sites})
+    try:
+        plan = run(sites, curves, costs, budget, config)
+    except BudgetError:
+        assert costs.total({s.name: min(allowed(s, config)) for s in sites}) > budget
+        return
+    counts = {name: len(units) for name, units in plan.keep.items()}
+    assert costs.total(counts) <= budget * (1 + 1e-9)
+    assert all(counts[site.name] in allowed(site, config) for site in sites)
+    shares = np.linspace(0, 1, 101)  # no finer share that fits keeps more
+    for wanted in shares:
+        other = {s.name: min(allowed(s, config), key=lambda c: (abs(c - wanted * s.units), c)) for s in sites}
+        if costs.total(other) <= budget:
+            assert costs.total(other) <= costs.total(counts) + 1e-9
 
 
 # ---- uniform ----
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     layers=st.integers(1, 4),
     units=st.integers(1, 20),
-    sparsity=st.floats(0, 0.95),
+    share=st.floats(0.05, 1.0),
     seed=st.integers(0, 10**6),
-    scope=st.sampled_from(["global", "site"]),
     multiple=st.integers(1, 4),
 )
-def test_uniform_means_the_same_count_in_every_layer(layers, units, sparsity, seed, scope, multiple):
-    sites = [make_site(f"{n}.neurons", units, 7) for n in range(layers)]
-    sites += [make_site(f"{n}.heads", 4, 50, "heads") for n in range(layers)]
-    generator = torch.Generator().manual_seed(seed)
-    scores = {site.name: torch.rand(site.units, generator=generator) * site.parameters_per_unit for site in sites}
-    config = make_config(uniform=True, scope=scope, neurons=(multiple, 0))
-    plan = solve(sites, scores, config, sparsity)
+def test_uniform_means_the_same_count_in_every_layer(layers, units, share, seed, multiple):
+    sites = [make_site(f"e.{n}.neurons", units, 7) for n in range(layers)]
+    sites += [make_site(f"e.{n}.heads", 4, 50, "heads") for n in range(layers)]
+    curves, costs = draw_curves(sites, seed), make_costs(sites)
+    config = make_config(uniform=True, neurons=(multiple, 0))
+    budget = float(math.ceil(share * costs.total({s.name: s.units for s in sites})))
+    plan = run(sites, curves, costs, budget, config)
+    counts = {name: len(kept) for name, kept in plan.keep.items()}
     for kind in ("neurons", "heads"):
-        assert len({len(kept) for name, kept in plan.keep.items() if name.endswith(kind)}) == 1
-    for site in sites:  # each layer keeps its own best
-        best = scores[site.name].sort(descending=True, stable=True).indices[: len(plan.keep[site.name])]
-        assert plan.keep[site.name] == tuple(sorted(best.tolist()))
-    if scope == "global":
-        gone = removed(sites, [len(plan.keep[site.name]) for site in sites])
-        total = removed(sites, [0] * len(sites))
-        assert gone >= sparsity * total - 1e-6 * total
-        # At most one rank of one kind in all layers is too many.
-        assert gone <= sparsity * total + layers * max(7 * multiple, 7 * (units % multiple), 50) + 1e-6
+        assert len({count for name, count in counts.items() if name.endswith(kind)}) == 1
+    assert costs.total(counts) <= budget
+    neurons, heads = (sorted(allowed(site, config)) for site in (sites[0], sites[-1]))
+    affordable = [(n, h) for n in neurons for h in heads if layers * (7 * n + 50 * h) <= budget]
+    best = min(lost(sites, curves, [n] * layers + [h] * layers) for n, h in affordable)
+    assert lost(sites, curves, [counts[s.name] for s in sites]) == pytest.approx(best, abs=1e-12)
 
 
 def test_layers_that_differ_cannot_be_made_alike():
-    sites = [make_site("0.neurons", 8, 1), make_site("1.neurons", 6, 1)]
-    scores = {site.name: torch.rand(site.units) for site in sites}
-    with pytest.raises(BudgetError, match=r"their neurons already differ \(\[6, 8\]\); start from an even model"):
-        solve(sites, scores, make_config(uniform=True), 0.5)
+    sites = [make_site("e.0.neurons", 8, 1), make_site("e.1.neurons", 6, 1)]
+    with pytest.raises(BudgetError, match=r"already differ"):
+        run(
+            sites,
+            draw_curves(sites, 1),
+            make_costs(sites),
+            7,
+            make_config(uniform=True),
+            original={s.name: 8 for s in sites},
+        )
 
 
 @pytest.mark.parametrize("scope", ["global", "site"])
 def test_only_permitted_counts(scope):
-    sites = [make_site("a", 12, 1), make_site("b", 12, 1), make_site("c", 4, 3, "heads")]
-    scores = {site.name: torch.rand(site.units, generator=torch.Generator().manual_seed(3)) for site in sites}
-    permitted = {"neurons": {12, 8, 2}, "heads": {4}}
-    config = make_config(scope=scope)
-    seen = set()
-    for sparsity in (0.0, 0.1, 0.2, 0.3, 0.4, {"global": 0.55, "site": 0.6}[scope]):
-        plan = solve(sites, scores, config, sparsity, permitted=permitted)
-        assert len(plan.keep["c"]) == 4
-        seen |= {len(plan.keep["a"]), len(plan.keep["b"])}
-    assert seen == {12, 8, 2}
+    sites = [make_site("e.0.a", 12, 1), make_site("e.1.a", 12, 1), make_site("e.1.b", 4, 3, "heads")]
+    permitted = {"e.0.a": {12, 8, 2}, "e.1.a": {12, 8, 2}, "e.1.b": {4}}
+    for budget in range(16, 37):
+        plan = run(
+            sites, draw_curves(sites, budget), make_costs(sites), budget, make_config(scope=scope), permitted=permitted
+        )
+        assert all(len(units) in permitted[name] for name, units in plan.keep.items())
+
+
+def test_many_counts_are_thinned_but_the_ends_stay():
+    assert counts_allowed(20, multiple_of=8, at_least=1) == [20, 16, 8]
+    site = make_site("e.0.a", 5000, 1)
+    curves = {"e.0.a": Curve.from_scores(torch.ones(5000))}
+    for budget, least in ((5000, 5000), (2500, 2400), (0, 0)):
+        count = len(run([site], curves, make_costs([site]), budget, make_config()).keep["e.0.a"])
+        assert least <= count <= budget

@@ -17,6 +17,7 @@ from tests.families import (
     make_inputs,
     make_model,
     others,
+    predictions,
     run_model,
     task_class,
 )
@@ -26,12 +27,12 @@ STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
 
 
 def test_every_family_is_here():
-    assert len(CONFIGS) == 20
+    assert len(CONFIGS) == 48
 
 
 def loss_of(model, inputs):
     """A number that depends on every output in another way."""
-    hidden = model(**inputs).last_hidden_state
+    hidden = predictions(model(**inputs))
     weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
     return (hidden * weights).sum() + (hidden.sin() * weights.flip(0)).sum()
 
@@ -48,8 +49,9 @@ def test_the_gradient_of_a_gate_equals_finite_differences(name):
     gradients = gates.take_gradients()
     by_weight = gate_gradients(model, found)
     gates.require_grad(False)
-    # Powers of two, so that 1 + step is exact. With OPT's ReLU only a small step stays on one side of every kink.
-    step = 2.0**-16 if name == "opt" else 2.0**-5
+    # Powers of two, so that 1 + step is exact. With the ReLU of OPT and T5 only a small step stays on one side of every kink, and
+    # T5 does not scale its attention, so that one head in all layers changes much.
+    step = {"opt": 2.0**-16, "t5": 2.0**-12, "t5:gated": 2.0**-8}.get(name, 2.0**-5)
     compared = {"heads": 0, "neurons": 0}
     for site in found:
         gradient = gradients[site.name]
@@ -66,7 +68,9 @@ def test_the_gradient_of_a_gate_equals_finite_differences(name):
             gates.values[site.name][unit] = 1.0
             assert float(gradient[unit]) == pytest.approx(difference / step, abs=2e-3 * largest), (site.name, unit)
             compared[site.kind] += 1
-    assert compared == {"heads": 3 * found[0].units, "neurons": 9}
+    of_kind = {kind: [site.units for site in found if site.kind == kind] for kind in compared}
+    assert compared == {"heads": sum(of_kind["heads"]), "neurons": 3 * len(of_kind["neurons"])}
+    assert compared["neurons"] >= 3
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -87,15 +91,14 @@ def test_written_into_the_weights(name):
         assert largest_difference(run_model(model, inputs), gated) <= 1e-5  # and off
         assert largest_difference(gated, dense) > 1e-3
         zeroed = sum(
-            site.width
-            * len(others(site, keep[site.name]))
-            * getattr(model.get_submodule(site.reader), "out_features", 32)
-            for site in found
+            site.width * len(others(site, keep[site.name])) * site.hidden * len(site.readers) for site in found
         )
         after = model.state_dict()
         changed = {key: int((after[key] != before[key]).sum()) for key in before}
         assert sum(changed.values()) == zeroed
-        assert {key for key, count in changed.items() if count} <= {f"{site.reader}.weight" for site in found}
+        assert {key for key, count in changed.items() if count} <= {
+            f"{path}.weight" for site in found for path in site.readers
+        }
         assert all(bool((after[key][after[key] != before[key]] == 0).all()) for key in before)
 
 
@@ -125,7 +128,7 @@ def test_open_gates_change_nothing():
         assert largest_difference(run_model(model, inputs), dense) == 0
         assert [id(parameter) for parameter in model.parameters()] == before
         looked_at += 1
-    assert looked_at == 20
+    assert looked_at == 48
 
 
 def test_gates_are_no_part_of_the_model():

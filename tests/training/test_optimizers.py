@@ -16,6 +16,7 @@ from hfcompress.anatomy import Change, find_sites
 from hfcompress.pruning import Gates, Plan, cut
 from hfcompress.training.optimizers import rebuild_reducer, replace_parameters
 from tests.families import make_inputs, make_model
+from tests.references import gate_hidden
 
 KEEP = {
     "bert": {"encoder.0.heads": (1, 3), "encoder.1.neurons": tuple(range(5, 30)), "encoder.2.heads": (0,)},
@@ -183,3 +184,65 @@ def test_the_rebuilt_reducer_sees_the_new_parameters(one_process_group: None) ->
     assert len(gradients) == len(reduced)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+def test_what_is_replaced_several_times_keeps_its_moments(family: str) -> None:
+    """Units, layers and hidden features in one plan: a weight may be cut along both dimensions, or cut and then gone."""
+    model, inputs = make_model(family), make_inputs(family)
+    stack = "encoder" if family == "bert" else "decoder"
+    optimizer = torch.optim.AdamW(groups_of(model), lr=0.01)
+    train(model, optimizer, inputs, 2)
+    names = {id(p): name for name, p in model.named_parameters()}
+    before = {names[id(p)]: {key: value.clone() for key, value in s.items()} for p, s in optimizer.state.items()}
+    hidden = (0, 2, 3, 5, 8, 13, 21, 30)
+    plan = Plan({f"{stack}.0.neurons": (1, 4, 7), f"{stack}.1.heads": (1,)}, {stack: (0, 2)}, hidden)
+    changes = cut(model, plan)
+    olds = {id(change.old) for change in changes}
+    assert any(id(change.new) in olds for change in changes), "nothing was replaced twice"
+    replace_parameters(optimizer, changes)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()} and len(held) == len(list(model.parameters()))
+    assert set(optimizer.state) <= set(held) and len(optimizer.state) > 20
+    index = {"hidden": torch.tensor(hidden), "neurons": torch.tensor([1, 4, 7])}
+    where = {
+        "bert": ("encoder.layer.0.output.dense.weight", "encoder.layer.{}.output.LayerNorm.bias"),
+        "gpt2": ("h.0.mlp.c_proj.weight", "h.{}.ln_2.bias"),
+        "qwen3": ("layers.0.mlp.down_proj.weight", "layers.{}.input_layernorm.weight"),
+    }[family]
+    down = optimizer.state[model.get_parameter(where[0])]
+    rows, columns = (index["neurons"], index["hidden"]) if family == "gpt2" else (index["hidden"], index["neurons"])
+    norm = optimizer.state[model.get_parameter(where[1].format(1))]  # layer 2 until then
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(down[key], before[where[0]][key][rows][:, columns])
+        assert torch.equal(norm[key], before[where[1].format(2)][key][index["hidden"]])
+    assert down["step"].item() == 2
+    train(model, optimizer, inputs, 2)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_training_goes_on_as_with_closed_features(family: str) -> None:
+    hidden, inputs = tuple(range(3, 23)), make_inputs(family)
+    small, large = make_model(family).double(), make_model(family).double()
+    gate_hidden(large, hidden)
+    cut(small, Plan({}, {}, hidden))
+    optimizers = [torch.optim.SGD(groups_of(model), lr=0.05) for model in (small, large)]
+    for model, optimizer in zip((small, large), optimizers, strict=True):
+        for _ in range(3):
+            optimizer.zero_grad()
+            run = model(**inputs).last_hidden_state[:, :4]
+            (run if model is small else run[..., 3:23]).square().mean().backward()
+            optimizer.step()
+    # Norms of LLaMA compute in float32 whatever they are given, hence the tolerance.
+    for module in large.modules():  # undo what the reference did, and cut it as well
+        module._forward_hooks.clear()
+        module.__dict__.pop("forward", None)
+    cut(large, Plan({}, {}, hidden))
+    theirs, start, moved = dict(large.named_parameters()), dict(make_model(family).double().named_parameters()), 0
+    for name, parameter in small.named_parameters():
+        torch.testing.assert_close(parameter, theirs[name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        before = start[name]
+        for dim, size in enumerate(parameter.shape):
+            before = before if size == before.shape[dim] else before.narrow(dim, 3, 20)
+        moved += not torch.equal(parameter, before)
+    assert moved > 20

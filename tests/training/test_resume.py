@@ -15,9 +15,12 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import hfcompress
 from hfcompress.anatomy import StructureError, find_sites
+from hfcompress.pruning import Plan
 from hfcompress.training import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer
 from hfcompress.training.exact import load_weights
+from hfcompress.training.optimizers import replace_parameters
 from hfcompress.training.pruning import STATE_FILE, TENSORS_FILE
+from tests.families import largest_difference, make_inputs, make_model, run_model, task_class
 from tests.training.scenarios import Examples, build, compress, make_trainer, vector
 
 RUNS = {"bert": "sequence", "vit": "image", "gpt2": "causal", "llama": "causal"}
@@ -167,7 +170,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         lambda: load_weights(build("electra", "sequence", seed=0), plain),
     )
     for changes, match in {
-        ("num_hidden_layers", 2): "has 6 places to prune, the model 4: they differ in layers",
+        ("num_hidden_layers", 2): "has 3 layers in encoder, the model only 2; start from the unpruned model",
         ("num_labels", 2): r"classifier.weight is \(3, 32\) there and \(2, 32\) here",
         ("vocab_size", 120): r"word_embeddings.weight is \(100, 32\) there and \(120, 32\) here",
     }.items():
@@ -385,3 +388,52 @@ def test_loading_weights_cuts_to_their_shapes_and_keeps_the_record(tmp_path: Pat
     assert {id(change.old) for change in changes} == {id(old[name]) for name in replaced} and len(replaced) > 5
     assert {id(change.new) for change in changes} == {id(new[name]) for name in replaced}
     assert not load_weights(dense, tmp_path / "final")
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen2", "vit"])
+def test_loading_weights_drops_layers_and_hidden_features(tmp_path: Path, family: str) -> None:
+    kinds = {
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 4,
+        "use_sliding_window": True,
+    }
+    changes = kinds if family == "qwen2" else {}
+    model = make_model(family, task_class(family), **changes)
+    stack, path = ("decoder", "model") if family == "qwen2" else ("encoder", "")
+    full = make_model(family, task_class(family), seed=5, **changes)
+    plan = Plan({f"{stack}.2.neurons": (0, 7), f"{stack}.1.heads": (1,)}, {stack: (1, 2)}, tuple(range(0, 32, 2)))
+    hfcompress.cut(model, plan)
+    model.save_pretrained(tmp_path / "all")
+    names = {id(p): name for name, p in full.named_parameters()}
+    held = torch.optim.SGD(full.parameters(), lr=0.1)
+    assert len(names) > 20 and path in ("", "model")
+    changes_made = load_weights(full, tmp_path / "all")
+    replace_parameters(held, changes_made)
+    assert {id(p) for p in held.param_groups[0]["params"]} == {id(p) for p in full.parameters()}
+    inputs = make_inputs(family, task_class(family))
+    assert largest_difference(run_model(full, inputs), run_model(model, inputs)) == 0
+    assert full.config.hfcompress == model.config.hfcompress
+    assert full.config.to_dict() == model.config.to_dict()
+    assert not load_weights(full, tmp_path / "all")
+    full.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "all" / "config.json").read_text()
+    # What has less than the checkpoint is left alone.
+    whole = make_model(family, task_class(family), **changes)
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(StructureError, match=r"has 3 layers in \w+, the model only 2"):
+        load_weights(full, tmp_path / "whole")
+    narrow = make_model(family, task_class(family), **changes)
+    hfcompress.cut(narrow, Plan({}, {}, tuple(range(16))))
+    with pytest.raises(StructureError, match="has 32 hidden features, the model only 16"):
+        load_weights(narrow, tmp_path / "whole")
+
+
+def test_loading_a_width_that_the_plain_config_says(tmp_path: Path) -> None:
+    model, full = (make_model("mistral", "AutoModelForCausalLM", seed=seed) for seed in (0, 1))
+    hfcompress.cut(model, Plan({}, {}, tuple(range(4, 24))))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 20
+    load_weights(full, tmp_path)
+    inputs = make_inputs("mistral")
+    assert largest_difference(run_model(full, inputs), run_model(model, inputs)) == 0
+    assert full.config.hfcompress == model.config.hfcompress == {"version": 1, "hidden": [20, 32]}

@@ -1,0 +1,35 @@
+"""Looking at a model on sample data: layer by layer, its activations and the gradients of its own predictions."""
+
+from hfcompress.calibration.frozen import frozen
+from hfcompress.calibration.moments import Moments, gram, linear_weight, output_gradients, step_moments
+from hfcompress.calibration.predictions import (
+    Loss,
+    batch_loss,
+    count_examples,
+    divergence,
+    prediction_mask,
+    self_loss,
+)
+from hfcompress.calibration.tokens import real_tokens, token_mask
+from hfcompress.calibration.walk import Batch, LayerWalk, to_device, with_decoder
+
+__all__ = [
+    "Batch",
+    "LayerWalk",
+    "Loss",
+    "Moments",
+    "batch_loss",
+    "count_examples",
+    "divergence",
+    "frozen",
+    "gram",
+    "linear_weight",
+    "output_gradients",
+    "prediction_mask",
+    "real_tokens",
+    "self_loss",
+    "step_moments",
+    "to_device",
+    "token_mask",
+    "with_decoder",
+]

@@ -1,0 +1,215 @@
+"""Pruning without training: rank, allocate, cut and repair a saved model in minutes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from hfcompress.checkpoints.io import load
+from hfcompress.checkpoints.record import add_step, read_units
+from hfcompress.config import DataConfig, MeasureConfig, PruneConfig
+from hfcompress.hub import save_probe, verify_folder, write_card
+from hfcompress.hub.card import RESULTS_FILE
+from hfcompress.hub.verify import VerificationError
+from hfcompress.measurement import Metric, provenance
+from hfcompress.pruning import BudgetError, Pruner
+from hfcompress.runs.evaluation import measure_folders
+from hfcompress.runs.examples import Examples, drop, read_examples
+from hfcompress.runs.processors import copy_processor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What came out.
+
+    Attributes:
+        model: The pruned model.
+        target: The target that was carried out.
+        reached: What was measured before the cut: speedup, milliseconds; empty where time was not the target.
+        metric: Of the model, where it was looked for by its score.
+    """
+
+    model: nn.Module
+    target: dict[str, Any]
+    reached: list[dict[str, Any]]
+    metric: Metric | None = None
+
+
+def prune_once(
+    model: nn.Module, config: PruneConfig, batches: list[dict[str, Any]], *, measure: MeasureConfig, seed: int = 0
+) -> Pruned:
+    """Prune a model in place, at once, without training: rank, allocate, verify, cut, repair.
+
+    Args:
+        model: The model.
+        config: With a target that has one goal; the schedule is not used.
+        batches: Calibration inputs.
+        measure: What the target does not say about how time is measured.
+        seed: Of everything random.
+    """
+    schedule = config.schedule.model_copy(update={"name": "constant", "start": 0.0})
+    repair = True if config.repair is None else config.repair
+    config = config.model_copy(update={"schedule": schedule, "repair": repair})
+    pruner = Pruner(model, config, total_steps=1, seed=seed, batches=lambda: batches, measure=measure)
+    pruner.step(0)
+    add_step(
+        model.config,
+        "prune",
+        settings={**config.model_dump(), "schedule": None},
+        sparsity=round(pruner.sparsity(), 6),
+        reached=pruner.reached,
+        units={name: list(pair) for name, pair in read_units(model.config).items()},
+        optimizer_steps=0,
+    )
+    return Pruned(model, config.target.model_dump(exclude_none=True), pruner.reached)
+
+
+def prune_within(
+    model: nn.Module,
+    config: PruneConfig,
+    examples: Examples,
+    *,
+    measure: MeasureConfig,
+    seed: int = 0,
+    trials: int = 6,
+    fastest: float = 16.0,
+    say: Callable[[str], None] = logger.info,
+) -> Pruned:
+    """The fastest model that loses no more than `config.target.max_drop`: speedups are tried, halving what is in doubt.
+
+    Args:
+        model: The dense model; it is not changed.
+        config: With `target.max_drop`, in points of a share or per cent of perplexity.
+        examples: With a score.
+        measure: How time is measured.
+        seed: Of everything random.
+        trials: Speedups that are tried at most.
+        fastest: The largest of them.
+        say: Told of each trial.
+
+    Raises:
+        ValueError: There is nothing to score with.
+        BudgetError: Not even the smallest cut stays within the bound.
+    """
+    if examples.rate is None or config.target.max_drop is None:
+        raise ValueError("max_drop needs data to score on: give labelled examples (or text for a decoder)")
+    dense, _ = examples.rate(model)
+    say(f"dense: {dense.name} {dense.value:.4g} (n={dense.n:,})")
+    best: Pruned | None = None
+    low, high = 1.0, fastest
+    for trial in range(trials):
+        # Halving the logarithm; the first guess is near where most models are.
+        wanted = 2.0 if trial == 0 else (low * high) ** 0.5
+        target = config.target.model_copy(update={"max_drop": None, "speedup": wanted})
+        candidate = copy.deepcopy(model)
+        try:
+            pruned = prune_once(
+                candidate, config.model_copy(update={"target": target}), examples.batches, measure=measure, seed=seed
+            )
+        except BudgetError as error:
+            say(f"{wanted:.2f}x: {error}")
+            high = wanted
+            continue
+        found, _ = examples.rate(candidate)
+        lost = drop(dense, found)
+        say(f"{wanted:.2f}x: {found.name} {found.value:.4g}, {lost:.2f} lost")
+        if lost <= config.target.max_drop:
+            best, low = Pruned(candidate, pruned.target, pruned.reached, found), wanted
+        else:
+            high = wanted
+        if high / low < 1.05:
+            break
+    if best is None:
+        raise BudgetError(
+            f"no speedup that was tried (down to {high:.2f}x) stays within a drop of {config.target.max_drop}"
+        )
+    return best
+
+
+def prune_folder(
+    source: str,
+    output: Path,
+    config: PruneConfig,
+    data: DataConfig,
+    *,
+    measure: MeasureConfig,
+    seed: int,
+    command: str,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Prune a saved model, save, verify and measure it, and write its card.
+
+    Args:
+        source: Folder or Hub repository of the model.
+        output: Folder to write; it must be empty or not exist.
+        config: What to prune.
+        data: Where the examples are.
+        measure: How time is measured.
+        seed: Of everything random.
+        command: What was typed, for the card.
+        say: Told what is being done.
+
+    Returns:
+        The rows of the table: the dense and the pruned model.
+
+    Raises:
+        ValueError: Something does not fit; nothing was written.
+    """
+    started = time.perf_counter()
+    model = load(source).float()
+    model.to(_device(measure.device)).eval()  # type: ignore[arg-type]
+    examples = read_examples(model, source, data, samples=config.criterion.samples, seed=seed)
+    say(f"Calibrating on {examples.n:,} examples")
+    if config.target.max_drop is not None:
+        pruned = prune_within(model, config, examples, measure=measure, seed=seed, say=say)
+    else:
+        pruned = prune_once(copy.deepcopy(model), config, examples.batches, measure=measure, seed=seed)
+    say(f"Pruned and repaired in {time.perf_counter() - started:.0f} s; saving and loading again by every way")
+    pruned.model.save_pretrained(output)  # type: ignore[operator]
+    save_probe(pruned.model, output)
+    copy_processor(source, output)
+    checks = verify_folder(output)
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        raise VerificationError(f"{output} does not load through {failed[0].route}: {failed[0].error}")
+    say("Scoring and timing")
+    rows = measure_folders({"dense": _local(source), "pruned": output}, examples.rate, measure)
+    for row in rows:
+        row["folder"] = "." if row["name"] == "pruned" else Path(source).name
+    results = {
+        "rows": rows,
+        "name": output.resolve().name,
+        "data": {"name": data.title or data.name or Path(str(data.train)).name, "calibration_n": examples.n},
+        "command": command,
+        "base_model": None if Path(source).is_dir() else source,
+        "wall_s": round(time.perf_counter() - started, 1),
+        **provenance(seed=seed),
+    }
+    if examples.task is not None:
+        results["data"] |= {"eval_n": len(examples.task.eval_dataset), "fingerprint": examples.task.fingerprint}
+    (output / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_card(output, base_model=results["base_model"], checks=checks)
+    return rows
+
+
+def _local(source: str) -> Path:
+    """The folder of a model, fetched from the Hub if it is there."""
+    return Path(source) if Path(source).is_dir() else Path(snapshot_download(source))
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
