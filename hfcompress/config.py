@@ -33,6 +33,7 @@ CriterionName = Literal[
     "activation_variance",
     "activation_apoz",
     "random",
+    "learned",
 ]
 Preset = Literal["int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
 Task = Literal["text-classification", "image-classification"]
@@ -119,8 +120,14 @@ class DistillConfig(Section):
         return self
 
 
+_Sparsity = Annotated[float, Field(ge=0, lt=1)]
+_Speedup = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_GOALS = ("sparsity", "speedup", "latency_ms", "parameters", "flops")
+
+
 class Target(Section):
-    """How small or how fast the model is to become. One of the first six is given; without any, a sparsity of 0.5.
+    """How small or how fast the model is to become. One of the first five is given; without any, a sparsity of 0.5.
 
     A list of targets, each harder than the one before, makes one run leave a model at each of them.
 
@@ -131,7 +138,8 @@ class Target(Section):
         latency_ms: Milliseconds of one forward pass, measured.
         parameters: What may be left of all parameters of the model: their number, or up to 1 their share.
         flops: Operations of one example at `length`: their number, or up to 1 their share of the dense model's.
-        max_drop: Points that the metric may fall; the fastest model within that is looked for.
+        max_drop: Points that the metric may fall. Alone, the fastest model within that is looked for; in training it is chosen among
+            those of the list of targets (by default the speedups 1.5, 2, 3 and 4).
         batch: Examples in a batch when time is measured; by default as in the recipe's `measure`.
         length: Tokens per example; by default as in `measure`.
         threads: CPU threads; by default as in `measure`.
@@ -139,11 +147,11 @@ class Target(Section):
         scope: What is timed and counted: the whole "model", or only its transformer "layers" (without embeddings and head).
     """
 
-    sparsity: float | list[float] | None = None
-    speedup: float | list[float] | None = None
-    latency_ms: float | list[float] | None = None
-    parameters: float | list[float] | None = None
-    flops: float | list[float] | None = None
+    sparsity: _Sparsity | list[_Sparsity] | None = None
+    speedup: _Speedup | list[_Speedup] | None = None
+    latency_ms: _Positive | list[_Positive] | None = None
+    parameters: _Positive | list[_Positive] | None = None
+    flops: _Positive | list[_Positive] | None = None
     max_drop: float | None = Field(default=None, ge=0, le=100)
     batch: int | None = Field(default=None, ge=1)
     length: int | None = Field(default=None, ge=1)
@@ -153,19 +161,13 @@ class Target(Section):
 
     @model_validator(mode="after")
     def _one_goal(self) -> Target:
-        given = [name for name in (*_GOALS, "max_drop") if getattr(self, name) is not None]
+        given = [name for name in _GOALS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {', '.join(given)}, not {len(given)}")
-        for name in given:
-            if name == "max_drop":
-                continue
-            low, high, allowed = _GOALS[name]
-            values = self.goals
-            if not values or any(not low <= value < high for value in values):
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
-            harder = values if name in ("sparsity", "speedup") else [-value for value in values]
-            if any(later <= earlier for earlier, later in itertools.pairwise(harder)):
-                raise ValueError(f"{name} lists {values}: each target must be harder than the one before, and none twice")
+        values = self.goals if given else [0.5]
+        harder = values if self.quantity in ("sparsity", "speedup") else [-value for value in values]
+        if not values or any(later <= earlier for earlier, later in itertools.pairwise(harder)):
+            raise ValueError(f"{self.quantity} lists {values}: each target must be harder than the one before, and none twice")
         return self
 
     @property
@@ -182,29 +184,23 @@ class Target(Section):
         return [0.5] if value is None else list(value) if isinstance(value, list) else [value]
 
 
-# Goal to (lowest value, upper bound that is not reached, words).
-_GOALS: dict[str, tuple[float, float, str]] = {
-    "sparsity": (0.0, 1.0, "in [0, 1)"),
-    "speedup": (1.0, 1e6, "1 or more"),
-    "latency_ms": (1e-6, 1e9, "above 0"),
-    "parameters": (1e-9, 1e15, "above 0"),
-    "flops": (1e-9, 1e21, "above 0"),
-}
-
-
 class CriterionConfig(Section):
     """How units are ranked.
 
     Attributes:
         name: "obs" removes units one after the other so that the rest can make up for them best, and weighs errors by what they
-            do to the predictions; "first_order" reads the importance off the gradients of training, which costs nothing; all
-            others are listed in `hfcompress.pruning.CRITERIA`.
+            do to the predictions; "first_order" reads the importance off the gradients of training, which costs nothing;
+            "learned" trains gates on all units along with the weights from the schedule's start on, and cuts what they closed at its
+            end; all others are listed in `hfcompress.pruning.CRITERIA`.
         samples: Training examples that a criterion looks at which needs more than the gradients of training, and that
             repair uses.
+        gate_learning_rate: With "learned", how fast gates learn: about how far one can move in one optimizer step, of the six or so
+            that lie between open and closed.
     """
 
     name: CriterionName = "obs"
     samples: int = Field(default=512, ge=1)
+    gate_learning_rate: float = Field(default=0.1, gt=0, le=10)
 
 
 class ScheduleConfig(Section):
@@ -302,10 +298,31 @@ class PruneConfig(Section):
         if self.uniform and "layers" in self.units:
             raise ValueError("uniform and units: layers cannot be had together; drop layers in a run of its own")
         if self.scope == "site" and {"sublayers", "layers"} & set(self.units):
-            raise ValueError("scope: site takes the same share everywhere, so whole sublayers or layers cannot go; use global")
+            raise ValueError(
+                "scope: site takes the same share everywhere, so whole sublayers or layers cannot go; use global"
+            )
         if self.cut == "end" and ("layers" in self.units or self.repair or len(self.target.goals) > 1):
             raise ValueError("cut: end only closes heads, neurons and sublayers for one target; use cut: gradual")
+        if self.criterion.name == "learned":
+            self._gates_can_learn()
         return self
+
+    def _gates_can_learn(self) -> None:
+        """Refuse what learned gates cannot do.
+
+        Raises:
+            ValueError: One line that says what, and what to do instead.
+        """
+        if self.uniform:
+            raise ValueError("criterion: learned finds each layer's own size, which uniform takes away; use another criterion")
+        if self.scope == "site":
+            raise ValueError("criterion: learned finds each site's own share, so scope: site has no use for it; use global")
+        if "layers" in self.units:
+            raise ValueError("criterion: learned has no gates on whole layers; use sublayers, or another criterion")
+        if len(self.target.goals) != 1:
+            raise ValueError("criterion: learned works towards one target; give a single number, or use another criterion")
+        if self.schedule.name == "constant":
+            raise ValueError("criterion: learned needs time between start and end; use schedule.name linear or polynomial")
 
 
 class QuantizeConfig(Section):
@@ -584,11 +601,14 @@ def _section_at(section: type[BaseModel], parents: list[str]) -> type[BaseModel]
     return section
 
 
+_BRANCHES = ("str", "int", "float", "constrained-float", "constrained-int", "constrained-str")
+
+
 def _location(problem: ErrorDetails) -> list[str]:
     """Keys and indices that lead to a problem; pydantic's names for the branches of a union are left out."""
     parts = [str(part) or "''" for part in problem["loc"]]
     last = [parts.pop()] if problem["type"] == "extra_forbidden" else []  # the user's own word, whatever it is
-    return [part for part in parts if "[" not in part and part not in ("str", "int")] + last
+    return [part for part in parts if "[" not in part and part not in _BRANCHES] + last
 
 
 def _shown(value: Any) -> str:

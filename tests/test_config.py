@@ -47,13 +47,9 @@ def test_the_defaults():
     assert recipe == Recipe() and recipe.prune is None and recipe.seed == 42
     prune = Recipe.from_dict({"prune": {}}).prune
     assert prune == PruneConfig()
-    assert (prune.target.sparsity, prune.schedule.power, prune.criterion, prune.cut) == (
-        0.5,
-        3.0,
-        "first_order",
-        "gradual",
-    )
-    assert (prune.multiple_of.heads, prune.multiple_of.neurons) == (1, 8)
+    assert (prune.target.quantity, prune.target.goals, prune.schedule.power) == ("sparsity", [0.5], 3.0)
+    assert (prune.criterion.name, prune.criterion.samples, prune.repair, prune.cut) == ("obs", 512, None, "gradual")
+    assert (prune.multiple_of.heads, prune.multiple_of.neurons) == (1, "auto")
     assert (prune.at_least.heads, prune.at_least.neurons) == (1, 8)
 
 
@@ -171,8 +167,7 @@ def test_line_breaks_in_keys_stay_out_of_the_message(key):
         ("prune.target.sparsity", float("inf"), "less than 1"),
         ("prune.target.sparsity", "0.5", "valid number"),
         ("prune.target.sparsity", True, "valid number"),
-        ("prune.target.sparsity", None, "valid number"),
-        ("prune.target.sparsity", [0.5], "valid number"),
+        ("prune.target.sparsity", {}, "valid number"),
         ("prune.target", 0.5, "valid dictionary"),
         ("prune.schedule.start", 1.0, "less than 1"),
         ("prune.schedule.end", 0, "greater than 0"),
@@ -220,8 +215,8 @@ def test_values_out_of_range_and_of_wrong_types(path, value, allowed):
     ("path", "value", "near"),
     [
         ("task", "text-clasification", "text-classification"),
-        ("prune.criterion", "magnitud", "magnitude"),
-        ("prune.criterion", "first-order", "first_order"),
+        ("prune.criterion.name", "magnitud", "magnitude"),
+        ("prune.criterion.name", "first-order", "first_order"),
         ("prune.schedule.name", "polynom", "polynomial"),
         ("prune.scope", "globall", "global"),
         ("prune.cut", "gradually", "gradual"),
@@ -243,7 +238,63 @@ def test_wrong_words_get_the_nearest_one(path, value, near):
 
 @pytest.mark.parametrize("value", [5, None, True, 0.5, [], {}, ["magnitude"], pytest.param(10**5000, id="huge"), "\n"])
 def test_words_that_are_no_words(value):
-    assert refusal(at("prune.criterion", value)).endswith("Allowed: 'first_order', 'magnitude' or 'random'")
+    assert "Allowed: 'obs', 'first_order'" in refusal(at("prune.criterion.name", value))
+
+
+def test_a_criterion_is_a_name_or_a_mapping():
+    for value in ("fisher", {"name": "fisher"}):
+        assert Recipe.from_dict({"prune": {"criterion": value}}).prune.criterion.name == "fisher"
+    recipe = Recipe.from_dict({"prune": {"criterion": {"name": "obs", "samples": 2048}}})
+    assert recipe.prune.criterion.samples == 2048
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert "prune.criterion" in refusal(at("prune.criterion", 3))
+
+
+@pytest.mark.parametrize(
+    ("target", "quantity", "goals"),
+    [
+        ({}, "sparsity", [0.5]),
+        ({"speedup": 2}, "speedup", [2.0]),
+        ({"speedup": [1.5, 2, 4]}, "speedup", [1.5, 2.0, 4.0]),
+        ({"latency_ms": [20.0, 10.0]}, "latency_ms", [20.0, 10.0]),
+        ({"parameters": 12_000_000}, "parameters", [12e6]),
+        ({"flops": 0.5, "max_drop": 1.0}, "flops", [0.5]),
+        ({"max_drop": 1.0}, "max_drop", []),
+    ],
+)
+def test_targets(target, quantity, goals):
+    found = Recipe.from_dict({"prune": {"target": target}}).prune.target
+    assert (found.quantity, found.goals) == (quantity, goals)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"speedup": 2, "flops": 0.5}, r"prune\.target: give one of speedup, flops, not 2"),
+        ({"speedup": [2, 1.5]}, r"prune\.target: speedup lists \[2\.0, 1\.5\]: each target must be harder"),
+        ({"latency_ms": [10.0, 20.0]}, r"latency_ms lists .* harder"),
+        ({"speedup": []}, r"speedup lists \[\]"),
+        ({"speedup": [2, 2]}, r"none twice"),
+        ({"speedup": 0.5}, r"prune\.target\.speedup: 0\.5 is not allowed: .*greater than or equal to 1"),
+        ({"latency_ms": 0}, r"greater than 0"),
+        ({"max_drop": -1}, r"greater than or equal to 0"),
+    ],
+)
+def test_targets_that_are_refused(target, message):
+    assert re.search(message, refusal({"prune": {"target": target}}))
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"uniform": True, "units": ["heads", "layers"]}, r"uniform and units: layers"),
+        ({"scope": "site", "units": ["heads", "sublayers"]}, r"scope: site takes the same share"),
+        ({"cut": "end", "repair": True}, r"cut: end only closes"),
+        ({"cut": "end", "target": {"speedup": [2, 3]}}, r"cut: end only closes"),
+    ],
+)
+def test_what_does_not_go_together(prune, message):
+    assert re.search(message, refusal({"prune": prune}))
 
 
 @pytest.mark.parametrize(

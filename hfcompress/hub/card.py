@@ -167,7 +167,7 @@ def _card_data(
     metadata: dict[str, Any],
 ) -> ModelCardData:
     done = {step["step"] for step in steps}
-    tags = ["hfcompress", *(word for step, word in _WORDS.items() if step in done)]
+    tags = ["hfcompress", *(word.replace(" ", "-") for step, word in _WORDS.items() if step in done)]
     extra = metadata.pop("tags", None) or []
     fields: dict[str, Any] = {
         "library_name": "transformers",
@@ -180,7 +180,7 @@ def _card_data(
     fields |= {key: value for key, value in metadata.items() if value is not None}
     mine = next((row for row in results.get("rows", []) if row.get("folder") == "."), None)
     dataset = results.get("data", {}).get("name")
-    if mine and dataset:
+    if mine and dataset and mine.get("metric"):
         metric = mine["metric"]
         fields["model_name"] = name
         fields["eval_results"] = [
@@ -195,7 +195,7 @@ def _card_data(
     return ModelCardData(**{key: value for key, value in fields.items() if value is not None})
 
 
-_WORDS = {"distill": "distilled", "prune": "pruned", "quantize": "quantized"}
+_WORDS = {"distill": "distilled", "prune": "pruned", "vocabulary": "cut in vocabulary", "quantize": "quantized"}
 
 
 def _summary(config: Any, steps: list[dict[str, Any]], units: dict[str, tuple[int, int]]) -> str:
@@ -213,14 +213,11 @@ def _summary(config: Any, steps: list[dict[str, Any]], units: dict[str, tuple[in
 
 
 def _row(row: dict[str, Any]) -> dict[str, str]:
-    metric, latency = row["metric"], row["latency"]
-    percent = metric["name"] in ("accuracy", "macro_f1")
-    factor, digits = (100, 2) if percent else (1, 4)
-    value, low, high = (f"{factor * metric[key]:.{digits}f}" for key in ("value", "low", "high"))
+    metric, latency = row.get("metric"), row["latency"]
     speedup, layers = row.get("speedup"), row.get("layers_speedup")
     return {
         "name": row["name"],
-        "metric": f"{value} [{low}, {high}]",
+        "metric": _score(metric) if metric is not None else "not measured",
         "parameters": f"{row['parameters'] / 1e6:.2f} M",
         "disk": f"{row['disk_bytes'] / 1e6:.1f}",
         "latency": f"{latency['median_ms']:.1f} ({latency['p10_ms']:.1f} to {latency['p90_ms']:.1f})",
@@ -229,15 +226,21 @@ def _row(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _score(metric: dict[str, Any]) -> str:
+    factor, digits = (100, 2) if metric["name"] in ("accuracy", "macro_f1") else (1, 4)
+    value, low, high = (f"{factor * metric[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def _conditions(results: dict[str, Any]) -> dict[str, str | None]:
     if not results.get("rows"):
         return {"metric_label": "", "latency_label": "", "metric_note": "", "latency_note": "", "conditions": None}
     first = results["rows"][0]
-    metric, latency = first["metric"], first["latency"]
+    metric, latency = first.get("metric"), first["latency"]
     size = f"batch {latency['batch']}" + (f" x {latency['length']} tokens" if latency.get("length") else "")
     versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
     return {
-        "metric_label": f"{metric['name'].replace('_', ' ')}, n = {metric['n']:,}",
+        "metric_label": f"{metric['name'].replace('_', ' ')}, n = {metric['n']:,}" if metric else "score",
         "latency_label": size,
         "metric_note": "In brackets: the 95 % interval.",
         "latency_note": (
@@ -255,9 +258,9 @@ def _data(results: dict[str, Any]) -> str:
     data = results.get("data") or {}
     if not data:
         return "not said"
-    return (
-        f"{data.get('name')}, {data.get('train_n'):,} examples for training and {data.get('eval_n'):,} for evaluation"
-    )
+    uses = (("train_n", "for training"), ("calibration_n", "for calibration"), ("eval_n", "for evaluation"))
+    counts = [f"{data[key]:,} examples {use}" for key, use in uses if data.get(key) is not None]
+    return f"{data.get('name')}: {', '.join(counts)}" if counts else str(data.get("name"))
 
 
 def _describe(step: dict[str, Any]) -> str:
@@ -283,19 +286,33 @@ def _sentence(step: dict[str, Any]) -> str:
             f"temperature {step['settings']['logits']['temperature']}."
         )
     if kind == "prune":
-        settings = step["settings"]
-        schedule = settings["schedule"]
-        return (
-            f"Pruned {' and '.join(settings['units'])} gradually to a sparsity of {step['sparsity']:.3f} of the layers' "
-            f"prunable parameters ({schedule['name']} schedule from {schedule['start']:.0%} to {schedule['end']:.0%} of "
-            f"{step['optimizer_steps']:,} steps, criterion {settings['criterion']}, scope {settings['scope']}), and cut."
-        )
+        return _pruning_sentence(step)
+    if kind == "vocabulary":
+        return f"Cut the vocabulary to {step['left']:,} of {step['before']:,} tokens."
     if kind == "quantize":
         return (
             f"Quantized {step['layers']} linear layers with bitsandbytes ({step['preset']}); "
             f"left as they are: {', '.join(step['skipped']) or 'none'}; everything else in {step['dtype']}."
         )
     raise ValueError(f"{kind} is no step of ours")
+
+
+def _pruning_sentence(step: dict[str, Any]) -> str:
+    settings, schedule = step["settings"], step["settings"]["schedule"]
+    criterion = settings["criterion"]
+    criterion = criterion["name"] if isinstance(criterion, dict) else criterion
+    when = "without training"
+    if schedule is not None:
+        when = (
+            f"gradually ({schedule['name']} schedule from {schedule['start']:.0%} to {schedule['end']:.0%} of "
+            f"{step['optimizer_steps']:,} steps)"
+        )
+    reached = [f"{found['speedup']:.2f}x measured for {found['wanted']:.2f}x" for found in step.get("reached", [])]
+    speed = f", {'; '.join(reached)}" if reached else ""
+    return (
+        f"Pruned {', '.join(settings['units'])} {when} by the criterion {criterion} to a sparsity of {step['sparsity']:.3f} of "
+        f"the layers' prunable parameters{speed}, and cut."
+    )
 
 
 def _ways(folder: Path, config: Any, name: str) -> list[dict[str, str]]:

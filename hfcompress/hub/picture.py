@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 Units = Mapping[str, tuple[int, int]]
@@ -83,4 +83,73 @@ def save_layers_picture(units: Units, path: str | Path, *, title: str = "What is
         axes.set_xlabel(role)
         axes.set_ylabel("layer")
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def save_tradeoff_picture(points: Sequence[tuple[str, float, float]], path: str | Path, *, metric: str) -> None:
+    """Score against speed as a PNG, one labelled point per model, the first (the baseline) as a line across.
+
+    Args:
+        points: Name, speedup over the first and score of each model.
+        path: File to write.
+        metric: Name of the score, with its unit.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _, _, dense = points[0]
+    axes.axhline(dense, color="#9aa3ad", linewidth=1, linestyle="--")
+    ordered = sorted(points, key=lambda point: point[1])
+    axes.plot([x for _, x, _ in ordered], [y for _, _, y in ordered], color="#2b6cb0", marker="o", markersize=5)
+    for name, x, y in points:
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8, color="#333333")
+    axes.set_xlabel("speedup of a forward pass, measured")
+    axes.set_ylabel(metric)
+    axes.margins(x=0.12, y=0.18)
+    axes.grid(color="#eceff2")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def save_sensitivity_picture(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    *,
+    title: str = "What each layer's units are worth",
+) -> None:
+    """Loss against the share of units left as a PNG: one panel per kind of unit, one line per layer.
+
+    Args:
+        lines: Site name to points (share of units left, loss), from many units to few.
+        path: File to write.
+        title: Above the panels.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers, roles = _grid({name: (0, 0) for name in lines})
+    figure = Figure(figsize=(5.4 * len(roles), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    colours = colormaps["viridis"]
+    floor = min((loss for points in lines.values() for _, loss in points if loss > 0), default=1e-6)
+    for axes, role in zip(figure.subplots(1, len(roles), squeeze=False, sharey=True)[0], roles, strict=True):
+        for number, layer in enumerate(layers):
+            points = lines.get(f"{layer}.{role}")
+            if points:
+                colour = colours(number / max(1, len(layers) - 1) * 0.92)
+                values = [max(loss, floor) for _, loss in points]
+                axes.plot([share for share, _ in points], values, color=colour, marker="o", markersize=3, label=layer)
+        axes.set_yscale("log")
+        axes.invert_xaxis()
+        axes.set_xlabel(f"share of {role} left")
+        axes.grid(color="#eceff2")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("divergence from the whole model, nats per example")
+    figure.axes[-1].legend(fontsize=7, frameon=False, ncols=1 + len(layers) // 16)
     figure.savefig(path, dpi=150)

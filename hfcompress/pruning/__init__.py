@@ -8,8 +8,10 @@ from hfcompress.pruning.evidence import Evidence
 from hfcompress.pruning.gates import Gates, gate_gradients
 from hfcompress.pruning.plan import Plan, cut, original_units
 from hfcompress.pruning.pruner import Pruner
+from hfcompress.pruning.ranking import rank_units
 from hfcompress.pruning.repair import repair
 from hfcompress.pruning.schedules import make_schedule, update_steps
+from hfcompress.pruning.sensitivity import Sensitivity, measure_sensitivity
 from hfcompress.pruning.stream import stream_gradients, stream_magnitude
 
 __all__ = [
@@ -21,12 +23,15 @@ __all__ = [
     "Gates",
     "Plan",
     "Pruner",
+    "Sensitivity",
     "allocate",
     "cut",
     "gate_gradients",
     "make_budget",
     "make_schedule",
+    "measure_sensitivity",
     "original_units",
+    "rank_units",
     "repair",
     "stream_gradients",
     "stream_magnitude",

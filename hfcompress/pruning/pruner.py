@@ -21,6 +21,7 @@ from hfcompress.pruning.budgets import Budget, Stopwatch, kept_units, make_budge
 from hfcompress.pruning.criteria import CRITERIA
 from hfcompress.pruning.curves import Curve
 from hfcompress.pruning.gates import Gates, gate_gradients
+from hfcompress.pruning.learned import LearnedGates
 from hfcompress.pruning.plan import Plan, cut, original_units
 from hfcompress.pruning.ranking import layer_losses, rank_units
 from hfcompress.pruning.repair import repair
@@ -57,6 +58,8 @@ def due_updates(config: PruneConfig, total_steps: int) -> list[Due]:
         >>> [(due.step, due.goal, due.share) for due in due_updates(config, 100)]
         [(20, 0, 0.5), (30, 0, 1.0), (65, 1, 0.5), (80, 1, 1.0)]
     """
+    if config.criterion.name == "learned":
+        return _learning_updates(config, total_steps)
     goals = max(1, len(config.target.goals))
     found = []
     for goal in range(goals):
@@ -69,6 +72,18 @@ def due_updates(config: PruneConfig, total_steps: int) -> list[Due]:
         # At the last update rounding to whole steps must not leave the target a little short.
         found += [Due(first + step, goal, 1.0 if step == steps[-1] else share(step / length)) for step in steps]
     return found
+
+
+def _learning_updates(config: PruneConfig, total_steps: int) -> list[Due]:
+    """Where learned gates begin to learn, and where the plan is made of them."""
+    schedule = config.schedule
+    first, last = (int(share * total_steps + 1e-9) for share in (schedule.start, schedule.end))
+    if last == first:
+        raise ValueError(
+            f"criterion: learned has no optimizer step between start ({schedule.start}) and end ({schedule.end}) of {total_steps}; "
+            "train longer, or use first_order"
+        )
+    return [Due(first, 0, 0.0), Due(last, 0, 1.0)]
 
 
 class Pruner:
@@ -125,11 +140,13 @@ class Pruner:
         self.original = original_units(model)
         self.sites = find_sites(model)
         self.gates: Gates | None = None
+        self.learned: LearnedGates | None = None
         self.reached: list[dict[str, Any]] = []
         self._once = once or (lambda function: function())
         self._mean, self._batches = mean, batches
         self._measure = measure or MeasureConfig()
-        self._needs = CRITERIA[config.criterion.name].needs
+        self._learns = config.criterion.name == "learned"
+        self._needs = None if self._learns else CRITERIA[config.criterion.name].needs
         self._repairs = config.repair if config.repair is not None else self._needs not in (None, "steps")
         if batches is None and (self._repairs or self._needs not in (None, "steps")):
             raise ValueError(
@@ -142,13 +159,18 @@ class Pruner:
         self._importance: dict[str, dict[str, torch.Tensor]] = {}
         self._collected = 0.0
         self._last_step = -1
+        self._fixed = False  # whether the plan of learned gates was carried out
         self._dense = self._parameters(self.sites, self.original)
         self._layers = {layer: layer for layer in self.budget.costs.fixed}  # names in the dense model to present ones
         self._permitted = self._uniform_counts() if config.uniform else None
         # What cannot be reached is said now, not after most of the training.
         flat = {site.name: Curve.from_scores(torch.zeros(site.units)) for site in self.sites}
         losses = dict.fromkeys(self.budget.costs.fixed, 0.0) if "layers" in config.units else None
-        self._allocate(flat, self.budget.goals[-1], losses)
+        try:
+            self._allocate(flat, self.budget.goals[-1], losses)
+        except BudgetError as error:
+            target = config.target
+            raise BudgetError(f"target {target.quantity} {target.goals[-1]:g} is out of reach: {error}") from None
 
     def _make_stopwatch(self) -> Stopwatch | None:
         """What measures a plan before it is carried out, where time is the target; on the first process only."""
@@ -192,6 +214,8 @@ class Pruner:
     @property
     def done(self) -> bool:
         """Whether the last update was made and everything closed was cut."""
+        if self._learns:
+            return self._fixed
         return self._last_step >= self._due[-1].step and self.gates is None
 
     def sparsity(self) -> float:
@@ -207,6 +231,8 @@ class Pruner:
         units = {site.name: site.units for site in sites}
         if self.gates is not None:
             units |= {name: len(self.gates.open_units(name)) for name in self.gates.values}
+        if self.learned is not None:
+            units |= {name: len(self.learned.open_units(name)) for name in self.learned.sites}
         return units
 
     # ---- what training shows ----
@@ -217,6 +243,8 @@ class Pruner:
         Args:
             scale: What the loss was multiplied by for mixed precision; a step whose gradients overflowed is left out.
         """
+        if self.learned is not None:
+            self.learned.take_gradients(scale=scale, mean=self._mean)
         if self.done or self._needs != "steps":
             return
         gradients = gate_gradients(self.model, [site for site in self.sites if site.units])
@@ -256,6 +284,8 @@ class Pruner:
             BudgetError: What is due cannot be reached.
         """
         due = [update for update in self._due if self._last_step < update.step <= step]
+        if self._learns:
+            return self._learn(step)
         self._last_step = step
         if not due:
             return []
@@ -271,6 +301,48 @@ class Pruner:
             return self._close(plan, last=last)
         return self._cut(plan, batches)
 
+    # ---- learned gates ----
+
+    def _learning_target(self, step: int) -> float:
+        """What the model is expected to cost after so many optimizer steps."""
+        return self.budget.at(0, make_schedule(self.config.schedule)(step / self.total_steps))
+
+    def learning(self) -> dict[str, float] | None:
+        """While gates learn: the penalty of the optimizer step at hand, the expected cost, and what it is to be; else None."""
+        if self.learned is None:
+            return None
+        target = self._learning_target(self._last_step + 1)
+        with torch.no_grad():
+            penalty, cost = self.learned.penalty(target), self.learned.expected_cost()
+        return {"penalty": float(penalty), "expected_cost": float(cost), "target_cost": target}
+
+    def _make_learned(self) -> LearnedGates:
+        return LearnedGates(self.model, self.sites, self.budget.costs, self.config, seed=self.seed)
+
+    def _learn(self, step: int) -> list[Change]:
+        """Start, train or end the gates; a run that was resumed at another pace may find itself anywhere."""
+        self._last_step = step
+        first, last = (update.step for update in self._due)
+        if self._fixed or step < first:
+            return []
+        if self.learned is None:
+            self.learned = self._make_learned()
+            logger.info("step %d: gates begin to learn", step)
+        else:
+            self.learned.update(self._learning_target(step))
+        self.learned.sample(step)
+        return self._cut_learned() if step >= last else []
+
+    def _cut_learned(self) -> list[Change]:
+        """Fix the plan, write the gates into the weights, and cut what they closed."""
+        assert self.learned is not None
+        curves = self._once(self.learned.curves)
+        plan = self._verified(curves, 0, None)
+        self.learned.fold()
+        self.learned = None
+        self._fixed = True
+        return self._cut(plan, self._calibration())
+
     def goal_at(self, step: int) -> int | None:
         """The goal whose part of the run ends with this optimizer step, counted from 0; None between ends."""
         goals = len(self.budget.goals)
@@ -278,7 +350,7 @@ class Pruner:
         return ends.get(step)
 
     def _calibration(self) -> Sequence[Batch] | None:
-        wanted = self._repairs or self._needs not in (None, "steps")
+        wanted = self._repairs or self._needs not in (None, "steps") or (self._needs == "steps" and not self._importance)
         return self._batches() if wanted and self._batches is not None else None
 
     def _rank(self, batches: Sequence[Batch] | None) -> dict[str, Curve]:
@@ -465,6 +537,16 @@ class Pruner:
             self.gates.write_into_weights()
             self.gates.remove()
             self.gates = None
+        if self.learned is not None:
+            self.learned.fold()
+            self.learned = None
+
+    def forget(self) -> None:
+        """Take all gates off a model whose run was interrupted, and leave the weights as they are."""
+        for gates in (self.gates, self.learned):
+            if gates is not None:
+                gates.remove()
+        self.gates = self.learned = None
 
     # ---- checkpoints ----
 
@@ -481,6 +563,8 @@ class Pruner:
             "total_steps": self.total_steps,
             "config": self.config.model_dump(),
             "closing": self.gates is not None,
+            "learning": self.learned is not None,
+            "fixed": self._fixed,
         }
         tensors = {
             f"importance.{key}.{name}": value.contiguous()
@@ -489,6 +573,8 @@ class Pruner:
         }
         if self.gates is not None:
             tensors |= {f"gate.{name}": value.detach().contiguous() for name, value in self.gates.values.items()}
+        if self.learned is not None:
+            tensors |= {f"learned.{name}": value for name, value in self.learned.state().items()}
         return facts, tensors
 
     def load_state(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -502,7 +588,7 @@ class Pruner:
         if differing:
             raise ValueError(
                 f"the checkpoint was pruned with another recipe: prune.{differing[0]} was "
-                f"{facts.get('config', {}).get(differing[0])!r} and is {mine[differing[0]]!r}; use the same recipe, or start anew"
+                f"{_said(facts.get('config', {}).get(differing[0]))} and is {_said(mine[differing[0]])}; use the same recipe, or start anew"
             )
         if facts["total_steps"] != self.total_steps:
             logger.warning(
@@ -527,6 +613,18 @@ class Pruner:
             self.gates = Gates(self.model, self.sites)
             for name, value in self.gates.values.items():
                 value.copy_(tensors[f"gate.{name}"])
+        self._fixed = bool(facts["fixed"])
+        if facts["learning"]:
+            kept = {name.removeprefix("learned."): value for name, value in tensors.items() if name.startswith("learned.")}
+            self.learned = self._make_learned()
+            self.learned.load_state(kept, step=self._last_step)
+
+
+def _said(value: Any) -> str:
+    """A part of a recipe in a message, without what was not given."""
+    if isinstance(value, dict):
+        value = {key: entry for key, entry in value.items() if entry is not None}
+    return repr(value)
 
 
 class _Unshared:

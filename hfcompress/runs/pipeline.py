@@ -26,9 +26,10 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from hfcompress.checkpoints.io import load
-from hfcompress.config import DataConfig, ModelConfig, Recipe, RecipeError, TeacherConfig
+from hfcompress.config import DataConfig, ModelConfig, Recipe, RecipeError, Target, TeacherConfig
 from hfcompress.hub import push_folder, save_probe, verify_folder, write_card
 from hfcompress.hub.card import RESULTS_FILE, read_results
+from hfcompress.hub.picture import save_tradeoff_picture
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import provenance
 from hfcompress.quantization import quantize
@@ -36,12 +37,14 @@ from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.processors import copy_processor
 from hfcompress.tasks import PreparedTask, prepare
 from hfcompress.training import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer
+from hfcompress.training.pruning import goal_folder
 
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
 TEACHER, STUDENT = "teacher", "student"
 _DONE = "done.json"
+TRADEOFF_FILE = "tradeoff.png"
 
 
 class Run:
@@ -57,7 +60,7 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, *, command: str, restart: bool = False) -> None:
-        self.recipe = recipe
+        self.recipe = with_default_speedups(recipe)
         self.command = command
         self.data, self.task_name, self.output = self._require()
         self.state = PartialState() if torch.accelerator.is_available() or not _several() else PartialState(cpu=True)
@@ -115,7 +118,7 @@ class Run:
         teacher = self.make_teacher(task)
         if self.recipe.distill is not None or self.recipe.prune is not None:
             self.make_student(task, teacher)
-            models = {TEACHER: self._teacher_folder(), "student": self.output / STUDENT}
+            models = {TEACHER: self._teacher_folder(), **self._goal_folders(), "student": self.output / STUDENT}
         else:
             models = {TEACHER: self._teacher_folder()}
         self.state.wait_for_everyone()
@@ -126,9 +129,48 @@ class Run:
         models |= self.make_quantized(next(reversed(models)), next(reversed(models.values())))
         rows = self.measure(models)
         self.write_cards(models, rows)
+        if self._goal_folders():
+            self._draw(rows)
+            self._choose(rows, models)
         if self.recipe.push is not None:
             self.push(models)
         return rows
+
+    def _goal_folders(self) -> dict[str, Path]:
+        """The models that a run with several targets leaves on its way, the last target's excepted."""
+        target = self._target()
+        if target is None:
+            return {}
+        names = {
+            f"pruned {_goal(target.quantity, goal)}": goal_folder(target.quantity, goal) for goal in target.goals[:-1]
+        }
+        return {name: self.output / f"{STUDENT}-{folder}" for name, folder in names.items()}
+
+    def _target(self) -> Target | None:
+        return self.recipe.prune.target if self.recipe.prune is not None else None
+
+    def _draw(self, rows: list[dict[str, Any]]) -> None:
+        """Score against speed of everything that was measured."""
+        metric = rows[0]["metric"]["name"]
+        points = [(row["name"], row.get("speedup", {}).get("median", 1.0), row["metric"]["value"]) for row in rows]
+        save_tradeoff_picture(points, self.output / TRADEOFF_FILE, metric=metric)
+        self._say(f"Score against speed is drawn in {self.output / TRADEOFF_FILE}")
+
+    def _choose(self, rows: list[dict[str, Any]], models: dict[str, Path]) -> None:
+        """Say which model is the fastest that loses no more than the recipe allows."""
+        target = self._target()
+        if target is None or target.max_drop is None:
+            return
+        dense = rows[0]["metric"]["value"]
+        within = [row for row in rows[1:] if 100 * (dense - row["metric"]["value"]) <= target.max_drop]
+        if not within:
+            self._say(f"No model loses {target.max_drop} points or less; the least is lost by {_least(rows)['name']}")
+            return
+        best = max(within, key=lambda row: row["speedup"]["median"])
+        lost, speed = 100 * (dense - best["metric"]["value"]), best["speedup"]["median"]
+        self._say(
+            f"The fastest that loses at most {target.max_drop}: {models[best['name']]} ({speed:.2f}x, {lost:.2f} lost)"
+        )
 
     def prepare(self) -> PreparedTask:
         """Read and encode the data."""
@@ -242,6 +284,8 @@ class Run:
             self._say(f"Going on from {last}")
         trainer.train(resume_from_checkpoint=last)
         trainer.save_model(str(self.output / name))
+        if name == STUDENT and self.state.is_main_process:
+            self._collect_goals(checkpoints)
         model = trainer.accelerator.unwrap_model(trainer.model)
         self._require_agreement(model)
         if self.state.is_main_process:
@@ -249,6 +293,15 @@ class Run:
             self._mark_done(name)
         self.state.wait_for_everyone()
         return model
+
+    def _collect_goals(self, checkpoints: Path) -> None:
+        """Put the models of the targets on the way beside the student."""
+        for folder in self._goal_folders().values():
+            left = checkpoints / folder.name.removeprefix(f"{STUDENT}-")
+            if left.is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.move(left, folder)
+                save_probe(load(folder), folder)
 
     def _require_agreement(self, model: nn.Module) -> None:
         """Make sure that all processes ended with the same shapes and weights."""
@@ -342,7 +395,24 @@ class Run:
             sys.stderr.flush()
 
 
+def _goal(quantity: str, goal: float) -> str:
+    """A target in few letters: "2x" of a speedup."""
+    return f"{goal:g}x" if quantity == "speedup" else f"{quantity} {goal:g}"
+
+
+def _least(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(rows[1:], key=lambda row: row["metric"]["value"])
+
+
 _GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+
+def with_default_speedups(recipe: Recipe) -> Recipe:
+    """In training the fastest model within a drop is chosen among several: the recipe's targets, or these."""
+    if recipe.prune is None or recipe.prune.target.max_drop is None or recipe.prune.target.quantity != "max_drop":
+        return recipe
+    target = recipe.prune.target.model_copy(update={"speedup": [1.5, 2.0, 3.0, 4.0]})
+    return recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"target": target})})
 
 
 def _several() -> bool:

@@ -17,12 +17,12 @@ from torch import nn
 
 from hfcompress.checkpoints.io import load
 from hfcompress.checkpoints.record import add_step, read_units
-from hfcompress.config import DataConfig, MeasureConfig, PruneConfig
+from hfcompress.config import CriterionConfig, DataConfig, MeasureConfig, PruneConfig
 from hfcompress.hub import save_probe, verify_folder, write_card
 from hfcompress.hub.card import RESULTS_FILE
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import Metric, provenance
-from hfcompress.pruning import BudgetError, Pruner
+from hfcompress.pruning import BudgetError, Pruner, Sensitivity, measure_sensitivity, rank_units
 from hfcompress.runs.evaluation import measure_folders
 from hfcompress.runs.examples import Examples, drop, read_examples
 from hfcompress.runs.processors import copy_processor
@@ -213,3 +213,14 @@ def _device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sensitivity_of(
+    source: str, criterion: CriterionConfig, data: DataConfig, *, measure: MeasureConfig, seed: int
+) -> list[Sensitivity]:
+    """What the units of each site of a saved model are worth; see `measure_sensitivity`."""
+    model = load(source).float()
+    model.to(_device(measure.device)).eval()  # type: ignore[arg-type]
+    examples = read_examples(model, source, data, samples=criterion.samples, seed=seed)
+    curves = rank_units(model, criterion.name, examples.batches, seed=seed)
+    return measure_sensitivity(model, examples.batches, curves)

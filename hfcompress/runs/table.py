@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hfcompress.pruning import Sensitivity
+
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of `measure_folders` as an aligned table; rows without a score show memory and FLOPs instead.
@@ -46,3 +48,25 @@ def _cells(row: dict[str, Any], *, scored: bool) -> list[str]:
     cells.append(f"{row['speedup']['median']:.2f}x" if "speedup" in row else "1.00x")
     cells.append(f"{row['layers_speedup']['median']:.2f}x" if "layers_speedup" in row else "1.00x")
     return cells
+
+
+def format_sensitivities(found: Sequence[Sensitivity]) -> str:
+    """What each site costs with fewer units, as an aligned table: one column per share of units left.
+
+    Example:
+        >>> entry = Sensitivity("encoder.0.heads", 12, (9, 6), (0.001, 0.25), (0.0, 0.0))
+        >>> print(format_sensitivities([entry]))
+        nats per example with       75 %      50 %   of the units left
+        encoder.0.heads (12)      0.0010    0.2500
+    """
+    shares = sorted({left / entry.units for entry in found for left in entry.left}, reverse=True)
+    columns = [share for number, share in enumerate(shares) if number == 0 or shares[number - 1] - share > 0.05]
+    labels = [f"{entry.site} ({entry.units})" for entry in found]
+    width = max([len("nats per example with"), *(len(label) for label in labels)])
+    head = "".join(f"{share:>8.0%}".replace("%", " %") for share in columns)
+    lines = [f"{'nats per example with':<{width}}  {head}   of the units left"]
+    for label, entry in zip(labels, found, strict=True):
+        values = {left / entry.units: loss for left, loss in zip(entry.left, entry.divergence, strict=True)}
+        cells = [next((v for share, v in values.items() if abs(share - column) <= 0.05), None) for column in columns]
+        lines.append(f"{label:<{width}}" + "".join(f"{'' if v is None else f'{v:.4f}':>10}" for v in cells))
+    return "\n".join(line.rstrip() for line in lines)

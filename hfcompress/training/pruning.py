@@ -30,7 +30,9 @@ TENSORS_FILE = "hfcompress_pruner.safetensors"
 class PruningMixin(ExactTrainerMixin):
     """Adds gradual structured pruning to a Trainer.
 
-    * `training_step`: reads the importance of units off the gradients once those of the whole optimizer step are there.
+    * `training_step`: reads the importance of units off the gradients once those of the whole optimizer step are there. With the
+      criterion "learned", adds the penalty on the expected cost to the loss that is reported: its gradient reaches the gates only, which
+      take their own step after the optimizer's, so that neither clipping nor the scale of mixed precision touches it.
     * a callback after each optimizer step (before logging, evaluation and saving): closes and cuts units, and keeps
       optimizer and DistributedDataParallel consistent.
     * `_determine_best_metric`: only models that have reached the target can be the best.
@@ -62,6 +64,8 @@ class PruningMixin(ExactTrainerMixin):
                 "a model with adapters cannot be pruned: their shapes follow the frozen model's; "
                 "prune first and add adapters afterwards, or merge them before (merge_and_unload)"
             )
+        if self.pruner is not None:
+            self.pruner.forget()  # gates of a run that was interrupted
         facts, tensors = self._resumed_state()
         distributed = self.args.world_size > 1
         self.pruner = Pruner(
@@ -143,12 +147,18 @@ class PruningMixin(ExactTrainerMixin):
         if self.pruner is not None and not self.pruner.done and self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler
             self.pruner.collect(scale=scaler.get_scale() if scaler is not None else 1.0)
+            if (learning := self.pruner.learning()) is not None:
+                penalty = loss.new_tensor(learning["penalty"])
+                self._add_up({"gates": penalty})
+                loss = loss + penalty
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as Trainer does, with the sparsity reached."""
+        """Log as Trainer does, with the sparsity reached; while gates learn, with the cost they promise and what it is to be."""
         if "loss" in logs and self.pruner is not None:
             logs = {**logs, "sparsity": round(self.pruner.sparsity(), 4)}
+            learning = self.pruner.learning() or {}
+            logs |= {name: value for name, value in learning.items() if name != "penalty"}
         super().log(logs, *args, **kwargs)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

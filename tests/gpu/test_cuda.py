@@ -17,23 +17,24 @@ from hfcompress.anatomy import find_sites
 from hfcompress.measurement import compare_latency, example_inputs, memory_bytes
 from hfcompress.pruning import Gates, Plan, cut
 from hfcompress.quantization import PRESETS
-from tests.families import CONFIGS, make_inputs, make_model
+from tests.families import CONFIGS, make_inputs, make_model, predictions
 
 pytestmark = pytest.mark.gpu
 
-UNEVEN = {0: 2, 1: 37, 2: 1, 3: 20, 4: 3, 5: 48}
+UNEVEN = {"heads": (2, 1, 3), "neurons": (37, 20, 48)}
 
 
 def uneven_plan(model: nn.Module) -> Plan:
     """Different counts in each layer, odd widths among them."""
     sites = find_sites(model)
-    return Plan({site.name: tuple(range(min(site.units, UNEVEN[number]))) for number, site in enumerate(sites)})
+    kept = {site.name: UNEVEN[site.kind][(site.layer or 0) % 3] for site in sites}
+    return Plan({site.name: tuple(range(min(site.units, kept[site.name]))) for site in sites})
 
 
 def outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         result = model(**{name: value.cuda() for name, value in inputs.items()})
-    return (result["logits"] if "logits" in result else result["last_hidden_state"]).float()
+    return predictions(result).float()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -49,8 +49,8 @@ def test_a_card_with_everything(pruned):
         "temperature 2.0.\n"
     ) in text
     assert (
-        "2. Pruned heads and neurons gradually to a sparsity of 0.432 of the layers' prunable parameters (polynomial "
-        "schedule from 10% to 60% of 1,234 steps, criterion first_order, scope global), and cut.\n"
+        "2. Pruned heads, neurons gradually (polynomial schedule from 10% to 60% of 1,234 steps) by the criterion obs "
+        "to a sparsity of 0.432 of the layers' prunable parameters, and cut.\n"
     ) in text
     # every way to load it
     assert len(re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)) == 3
@@ -183,7 +183,7 @@ BROKEN = {
     "[]": "must hold an object with a list of rows",
     '{"rows": {}}': "must hold an object with a list of rows",
     '{"rows": [1]}': "lacks numbers",
-    '{"rows": [{"name": "x"}]}': "lacks numbers that the card shows (no 'metric')",
+    '{"rows": [{"name": "x"}]}': "lacks numbers that the card shows (no 'latency')",
     json.dumps({"rows": [{**row("x", ".", 0.5), "latency": {"median_ms": 1.0}}]}): "lacks numbers",
     json.dumps({"rows": [{**row("x", ".", 0.5), "parameters": "many"}]}): "lacks numbers",
     "[" * 100_000: "is not valid JSON",

@@ -125,8 +125,8 @@ def test_twins_make_up_for_each_other():
     c = torch.eye(4, dtype=torch.float64)
     c[0, 1] = c[1, 0] = 1.0
     w = torch.tensor([[5.0, 5.0, 1.0, 1.5]])
-    curve = surgeon_curve([ReaderMoments(w, c)], width=1, damping=1e-6)
-    assert curve.order[0].item() in (0, 1) and float(curve.loss[1]) < 1e-3
+    curve = surgeon_curve([ReaderMoments(w, c)], width=1, damping=1e-4)
+    assert curve.order[0].item() in (0, 1) and float(curve.loss[1]) < 1e-2
     assert float(curve.loss[-1]) == pytest.approx(0.5 * (100 + 1 + 2.25), rel=1e-3)
 
 

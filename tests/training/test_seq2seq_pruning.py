@@ -27,9 +27,10 @@ def train(name, folder, *, sparsity=0.5, cut="gradual"):
         "target": {"sparsity": sparsity},
         "cut": cut,
         "criterion": "first_order",
+        "repair": False,
         "multiple_of": {"neurons": 1},
         "at_least": {"heads": 1, "neurons": 4},
-        "schedule": {"name": "cubic", "start": 0.1, "end": 0.8, "updates": 4},
+        "schedule": {"name": "polynomial", "start": 0.1, "end": 0.8, "updates": 4},
     }
     model = make_model(name, AUTO)
     arguments = transformers.Seq2SeqTrainingArguments(
@@ -104,7 +105,7 @@ def test_going_on_from_a_checkpoint_that_was_cut(tmp_path):
     assert all(torch.equal(value, first[key]) for key, value in again.model.state_dict().items()), "training repeats"
     resumed = Seq2SeqPruningTrainer(
         model=make_model("bart", AUTO),
-        recipe=trainer.recipe if hasattr(trainer, "recipe") else Recipe.from_dict({"prune": trainer.prune.model_dump()}),
+        recipe=trainer.recipe,
         args=trainer.args,
         train_dataset=examples(16),
     )
