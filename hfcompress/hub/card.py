@@ -259,8 +259,9 @@ def _data(results: dict[str, Any]) -> str:
     if not data:
         return "not said"
     uses = (("train_n", "for training"), ("calibration_n", "for calibration"), ("eval_n", "for evaluation"))
-    counts = [f"{data[key]:,} examples {use}" for key, use in uses if data.get(key) is not None]
-    return f"{data.get('name')}: {', '.join(counts)}" if counts else str(data.get("name"))
+    counts = [f"{data[key]:,} {use}" for key, use in uses if data.get(key) is not None]
+    counts[:1] = [count.replace(" for", " examples for", 1) for count in counts[:1]]
+    return f"{data.get('name')}, {' and '.join(counts)}" if counts else str(data.get("name"))
 
 
 def _describe(step: dict[str, Any]) -> str:

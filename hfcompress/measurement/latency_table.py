@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of all units at once: what sublayers cost beside each other
-_CLEAN = 1.05  # the third fastest time is to be no slower than this times the fastest
+_PRECISION = 0.02  # relative error of a typical point
 _ALL_COUNTS = 32  # up to so many units, each count is measured
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation", "activation_function", "feed_forward_proj")
 
@@ -94,7 +94,7 @@ def _shape_times(entry: Mapping[str, Any]) -> ShapeTimes:
 class LatencyTable:
     """Times of every sublayer for every number of units, and the conditions they were measured under.
 
-    The times are those of an undisturbed machine: the fastest of the rounds.
+    The times are medians, as in `Latency`.
 
     Attributes:
         shapes: Times of the layers, by what they are built like.
@@ -195,11 +195,11 @@ def measure_latency_table(
     """Measure how long every sublayer takes for every number of units, or read what was measured before.
 
     Each copy that is timed has a few layers of one shape, with so many units in one kind of site and none in the others;
-    the last two are timed, each on its own on a CPU, together on other devices. Of all times of a copy the mean of the
-    three fastest counts, because what disturbs a measurement only ever makes it slower. If these are more than 5 % apart,
-    up to three times as many rounds follow for that copy. With one CPU thread its processor time is measured, which leaves out
-    the time that other processes had the core. Some copies have a share of all units at once, and set how much
-    the sublayers cost beside each other. Times are made to rise with the units (isotonic regression).
+    the last two are timed, each on its own on a CPU, together on other devices. The copies take turns, round after round,
+    and the median of a copy's times counts. While these are known to no better than 2 %, up to three times as many rounds
+    follow. With one CPU thread its processor time is measured, which leaves out the time that other processes had the core.
+    Some copies have a share of all units at once, and set how much the sublayers cost beside each other. Times are made to
+    rise with the units (isotonic regression).
 
     Args:
         model: A transformers model of a known architecture, not quantized, on the device and in the type it will run in.
@@ -436,13 +436,13 @@ def _measure(
         samples = interleave(timers, rounds=rounds, warmup=warmup)
         laps_ms = {point: [lap for run in runs for lap in run] for point, runs in samples.items()}
         for _ in range(3):
-            unsettled = {point: timers[point] for point, laps in laps_ms.items() if not settled(laps)}
-            if not unsettled:
+            if np.median([relative_error(laps) for laps in laps_ms.values()]) <= _PRECISION:
                 break
-            bar.total = bar.n + len(unsettled) * rounds
-            for again, runs in interleave(unsettled, rounds=rounds, warmup=0).items():
+            bar.total = bar.n + len(timers) * rounds
+            # All of them again: the times of a round are comparable, those of different times of the day are not.
+            for again, runs in interleave(timers, rounds=rounds, warmup=0).items():
                 laps_ms[again] += [lap for run in runs for lap in run]
-    return {point: undisturbed(laps) for point, laps in laps_ms.items()}, uses
+    return {point: float(np.median(laps)) for point, laps in laps_ms.items()}, uses
 
 
 def _clock(device: torch.device) -> Callable[[], float] | None:
@@ -469,25 +469,15 @@ def _uses(model: nn.Module, inputs: Inputs) -> list[int]:
     return counts
 
 
-def settled(samples: Sequence[float]) -> bool:
-    """Whether the fastest times agree, so that the machine was seen undisturbed.
+def relative_error(samples: Sequence[float]) -> float:
+    """Standard error of the median, as a share of it: 1.253 standard deviations / sqrt(n), these taken from the quartiles.
 
     Example:
-        >>> settled([5.0, 1.0, 1.01, 1.02]), settled([5.0, 1.0, 1.01, 1.5])
-        (True, False)
+        >>> relative_error([10.0] * 5), round(relative_error([9.0, 10.0, 11.0, 12.0, 13.0]), 3)
+        (0.0, 0.076)
     """
-    fastest = sorted(samples)[:3]
-    return len(fastest) == 3 and fastest[-1] <= _CLEAN * fastest[0]
-
-
-def undisturbed(samples: Sequence[float]) -> float:
-    """Mean of the three fastest.
-
-    Example:
-        >>> undisturbed([9.0, 1.0, 3.0, 2.0])
-        2.0
-    """
-    return float(np.mean(sorted(samples)[:3]))
+    low, middle, high = np.percentile(samples, (25, 50, 75))
+    return float(1.253 * (high - low) / 1.349 / math.sqrt(len(samples)) / middle) if middle > 0 else 0.0
 
 
 # ---- from times to a table ----

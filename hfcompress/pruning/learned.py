@@ -26,6 +26,9 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 _START = 3.0
 # Of gates that are fully open, or fully closed, those that are so with a higher probability are kept.
 _TIE = 1e-3
+# The multipliers go slower than the gates, which lag behind them, and without momentum, so that they turn as soon as the cost passes
+# the target: otherwise they close more than was asked for before they are back.
+_MULTIPLIER_PACE, _MULTIPLIER_BETAS = 0.3, (0.0, 0.9)
 # Keeps noise away from 0 and 1, where its logarithm is infinite.
 _EDGE = 1e-6
 
@@ -126,11 +129,10 @@ class LearnedGates:
         self._means: dict[str, torch.Tensor] = {}
         self._gradient: torch.Tensor | None = None
         # The smallest gradients belong to gates that are almost surely open; epsilon must not hold these back.
+        rate = config.criterion.gate_learning_rate
+        ascent = {"params": [self.multipliers], "lr": rate * _MULTIPLIER_PACE, "betas": _MULTIPLIER_BETAS, "maximize": True}
         self.optimizer = torch.optim.AdamW(
-            [{"params": self._gate_parameters()}, {"params": [self.multipliers], "maximize": True}],
-            lr=config.criterion.gate_learning_rate,
-            weight_decay=0.0,
-            eps=1e-12,
+            [{"params": self._gate_parameters()}, ascent], lr=rate, weight_decay=0.0, eps=1e-12
         )
         self._readers = {
             name: list(dict.fromkeys(model.get_submodule(path) for path in site.readers))
@@ -260,8 +262,11 @@ class LearnedGates:
             A scalar, float64; training descends on it with the gates and ascends with the two multipliers.
         """
         over = (self.expected_cost() - target) / self._prunable
-        lacking = [torch.relu(1 - self._units(name) / self._lines[name][0][0].clamp(min=1)) for name in self.log_alpha]
-        short = torch.stack(lacking).sum() if lacking else 0.0
+        short = torch.zeros((), dtype=torch.float64)
+        for name in self.log_alpha:
+            least = self._lines[name][0][0]
+            if least > 0:
+                short = short + torch.relu(1 - self._units(name) / least)
         return self.multipliers[0] * over + self.multipliers[1] * over.square() + short
 
     # ---- learning ----

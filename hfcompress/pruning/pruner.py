@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hfcompress.anatomy import Change, Site, drop_layers, family_of, find_sites, uniform_config
-from hfcompress.calibration import Batch
+from hfcompress.calibration import Batch, count_examples
 from hfcompress.config import MeasureConfig, PruneConfig
 from hfcompress.measurement.latency_table import fast_multiple
 from hfcompress.pruning.allocation import BudgetError, alike, allocate, counts_allowed
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # After each update the importance collected so far counts half: the average spans about two intervals of the schedule.
 _MEMORY = 0.5
+# Examples on which whole layers are tried out: each takes a forward pass for every layer.
+_LAYER_EXAMPLES = 256
 # What a measured time may differ from its target.
 _TOLERANCE = 0.05
 
@@ -384,7 +386,7 @@ class Pruner:
     def _layer_losses(self, batches: Sequence[Batch] | None) -> dict[str, float]:
         """What dropping each layer would cost, in the unit of the curves."""
         if batches is not None and self._needs == "moments":
-            return self._once(lambda: layer_losses(self.model, batches))
+            return self._once(lambda: layer_losses(self.model, _first_examples(batches, _LAYER_EXAMPLES)))
         curves = self._rank(batches)
         losses: dict[str, float] = {}
         for name, curve in curves.items():
@@ -635,6 +637,13 @@ class _Unshared:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"value": None}
+
+
+def _first_examples(batches: Sequence[Batch], wanted: int) -> list[Batch]:
+    """Batches spread over all lengths with about so many examples."""
+    sizes = [count_examples(batch) for batch in batches]
+    every = max(1, round(sum(sizes) / wanted))
+    return list(batches[every // 2 :: every]) or list(batches[:1])
 
 
 def fit_to_device(config: PruneConfig, model: nn.Module) -> PruneConfig:

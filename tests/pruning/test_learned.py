@@ -219,7 +219,8 @@ def test_training_draws_and_evaluation_does_not():
 def test_the_gradient_reaches_the_gates_as_autograd_would(name):
     """The other road: one graph from log alpha through scaled weights to the loss."""
     model, inputs = make_model(name, task_class(name)), make_inputs(name, task_class(name))
-    gates = LearnedGates(model, find_sites(model), parameter_costs(model), settings(ALL), seed=3)
+    config = settings(ALL, at_least={"heads": 0, "neurons": 0})  # nothing has to stay, so nothing is held open
+    gates = LearnedGates(model, find_sites(model), parameter_costs(model), config, seed=3)
     scatter(gates)
     log_alpha = {key: value.detach().clone().requires_grad_() for key, value in gates.log_alpha.items()}
     whole = {key: value.detach().clone().requires_grad_() for key, value in gates.sublayer_log_alpha.items()}
@@ -351,13 +352,15 @@ def test_planted_units_are_closed_first():
     assert gates is not None
     for name, site in gates.sites.items():
         rest = [unit for unit in range(site.units) if unit not in planted[site.kind]]
-        mean = gates.mean(name)
-        assert mean[planted[site.kind]].max() < mean[rest].min()
+        ranked = gates.curves()[name].order.tolist()
+        assert set(ranked[: len(rest)]) == set(planted[site.kind]), name
+        assert gates.mean(name)[planted[site.kind]].max() == 0 < gates.mean(name)[rest].max()
         seen += 1
-    before = run_model(model.eval(), make_inputs("bert"))
+    assert seen == 6
+    dense = {name: len(curve.order) for name, curve in gates.curves().items()}
     pruner.step(60)
-    assert seen == 6 and [site.units for site in find_sites(model)] == [2, 24] * 3
-    assert largest_difference(run_model(model, make_inputs("bert")), before) < 1e-5
+    assert 0.5 <= pruner.sparsity() < 0.51
+    assert all(abs(site.units - dense[site.name] / 2) <= 2 for site in find_sites(model))
 
 
 def test_nothing_is_touched_before_the_start_and_the_target_warms_up():

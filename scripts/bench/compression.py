@@ -1,0 +1,305 @@
+"""Benchmark: pruning while fine-tuning with distillation, ours and other means, each with the same steps and the same distillation.
+
+    python scripts/bench/compression.py --task banking77 --teacher PATH --train FILE --eval FILE... --target 8 --method ours --seed 0
+    python scripts/bench/compression.py --summary
+
+One run is one file under scripts/bench/results/compression/; --summary prints the table of all of them and writes
+scripts/bench/results/compression.json. Methods:
+
+    ours        optimal brain surgeon under measured time, least-squares repair, distillation
+    random      the same share of random units everywhere, distillation
+    magnitude   the units with the largest weights under measured time, distillation
+    layers      every so many-th layer of the teacher, distillation (as few layers as come nearest to the target)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import resource
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from datasets import load_dataset
+
+from hfcompress import CompressionTrainer, DistillationTrainer, Recipe
+from hfcompress.anatomy import drop_layers, find_sites
+from hfcompress.measurement import (
+    accuracy,
+    compare_latency,
+    count_flops,
+    count_parameters,
+    device_name,
+    example_inputs,
+    mcnemar,
+    provenance,
+    speedup,
+)
+from hfcompress.runs.arguments import training_arguments
+from hfcompress.runs.evaluation import predict
+from hfcompress.tasks import prepare
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RUNS = RESULTS / "compression"
+
+# What the teachers had: epochs and learning rates of the same order.
+TASKS: dict[str, dict[str, Any]] = {
+    "sst2": {"num_train_epochs": 1, "learning_rate": 2e-4, "warmup_steps": 100},
+    "banking77": {"num_train_epochs": 5, "learning_rate": 3e-4, "warmup_steps": 100},
+}
+DISTILL = {"task": {"weight": 0.5}, "logits": {"weight": 0.5, "temperature": 2.0}}
+TRAIN = {
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "weight_decay": 0.01,
+    "logging_steps": 100,
+    "save_strategy": "no",
+    "optim": "adamw_torch_fused",
+    "train_sampling_strategy": "group_by_length",
+}
+# Goals of the project at each target, as a share of the teacher's accuracy.
+GOALS = {
+    "sst2": {2.0: 1.0, 4.0: 0.995, 8.0: 0.99, 16.0: 0.97},
+    "banking77": {2.0: 1.0, 4.0: 0.99, 8.0: 0.97},
+}
+
+
+def prune_section(method: str, target: float) -> dict[str, Any]:
+    """The recipe's section for a method."""
+    section = {
+        "target": {"speedup": target, "scope": "layers", "batch": 32, "length": 64, "threads": 1},
+        "schedule": {"name": "polynomial", "start": 0.0, "end": 0.04, "updates": 2},
+        "units": ["heads", "neurons", "sublayers", "layers"],
+        "criterion": {"name": "obs", "samples": 1024},
+    }
+    if method == "magnitude":
+        return section | {"criterion": "magnitude", "repair": False, "units": ["heads", "neurons"]}
+    if method == "random":
+        return section | {"criterion": "random", "repair": False, "units": ["heads", "neurons"], "scope": "site"}
+    return section
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=sorted(TASKS))
+    parser.add_argument("--teacher", help="folder of the fine-tuned model")
+    parser.add_argument("--train", help="parquet file with sentence and label")
+    parser.add_argument("--eval", nargs="+", help="parquet files, pooled")
+    parser.add_argument("--target", type=float, help="times faster than the teacher's layers")
+    parser.add_argument("--method", default="ours", choices=["ours", "random", "magnitude", "layers"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="runs/bench-compression")
+    parser.add_argument("--summary", action="store_true", help="print the table of the runs there are")
+    options = parser.parse_args()
+    if options.summary:
+        summarize()
+        return
+    missing = [name for name in ("task", "teacher", "train", "eval", "target") if getattr(options, name) is None]
+    if missing:
+        parser.error(f"a run needs --{' --'.join(missing)}")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hfcompress").setLevel(logging.INFO)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    result = run(options)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    path = RUNS / f"{options.task}-{options.method}-{options.target:g}x-{options.seed}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result["figures"], indent=2))
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """One run from the teacher to the numbers."""
+    started = time.perf_counter()
+    output = Path(options.output) / f"{options.task}-{options.method}-{options.target:g}x-{options.seed}"
+    output.mkdir(parents=True, exist_ok=True)
+    pooled = output / "eval.parquet"
+    rows = [load_dataset("parquet", data_files=path, split="train") for path in options.eval]
+    datasets.concatenate_datasets(rows).to_parquet(pooled)
+    layers = options.method == "layers"
+    recipe = Recipe.from_dict(
+        {
+            "distill": DISTILL,
+            **({} if layers else {"prune": prune_section(options.method, options.target)}),
+            "train": {**TRAIN, **TASKS[options.task]},
+            "data": {
+                "train": options.train,
+                "eval": str(pooled),
+                "text": "sentence",
+                "label": "label",
+                "max_length": 64,
+            },
+            "seed": options.seed,
+        },
+        source="the benchmark",
+    )
+    assert recipe.data is not None
+    cls = transformers.AutoModelForSequenceClassification
+    teacher = cls.from_pretrained(options.teacher, dtype=torch.float32)
+    names = [teacher.config.id2label[number] for number in sorted(teacher.config.id2label)]
+    task = prepare(
+        recipe.data,
+        task="text-classification",
+        model_name=options.teacher,
+        seed=options.seed,
+        must_match=True,
+        label_names=names,
+    )
+    student = copy.deepcopy(teacher)
+    if layers:
+        drop_layers(student, {"encoder": spread(teacher.config.num_hidden_layers, options.target)})
+    kind = DistillationTrainer if layers else CompressionTrainer
+    trainer = kind(
+        model=student,
+        teacher=copy.deepcopy(teacher),
+        recipe=recipe,
+        args=training_arguments(output / "checkpoints", recipe.train, seed=options.seed),
+        train_dataset=task.train_dataset,
+        data_collator=task.data_collator,
+        processing_class=task.processing_class,
+    )
+    begun = time.perf_counter()
+    trainer.train()
+    training_s = time.perf_counter() - begun
+    trainer.save_model(str(output / "student"))
+    return measure(options, teacher, trainer.model, task, recipe) | {
+        "training_s": round(training_s, 1),
+        "wall_s": round(time.perf_counter() - started, 1),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def spread(layers: int, target: float) -> tuple[int, ...]:
+    """Evenly spread layers, as many as come nearest to the target's share of the time."""
+    count = max(1, round(layers / target))
+    return tuple(sorted({round((number + 1) * layers / count) - 1 for number in range(count)}))
+
+
+def measure(options: argparse.Namespace, teacher: Any, student: Any, task: Any, recipe: Recipe) -> dict[str, Any]:
+    """Accuracy and speed of the student beside the teacher's, in one process."""
+    ours, labels = predict(student, task)
+    theirs, _ = predict(teacher, task)
+    right, before = ours == labels, theirs == labels
+    inputs = example_inputs(teacher, batch=32, length=64)
+    models = {"teacher": teacher, "student": student.eval()}
+    timed = compare_latency(models, inputs, rounds=21, warmup=3, threads=1, scope="layers")
+    ratio = speedup(timed["teacher"], timed["student"])
+    share = accuracy(ours, labels).value / accuracy(theirs, labels).value
+    goal = GOALS[options.task].get(options.target)
+    difference = right.astype(float) - before.astype(float)
+    figures = {
+        "accuracy": {
+            "value": 100 * accuracy(ours, labels).value,
+            "unit": "%",
+            "spread": None,
+            "goal": None,
+            "met": None,
+        },
+        "share_of_teacher": {
+            "value": share,
+            "unit": "of the teacher's accuracy",
+            "spread": float(difference.std(ddof=1) / np.sqrt(len(difference)) / accuracy(theirs, labels).value),
+            "goal": None if goal is None else f">= {goal}",
+            "met": None if goal is None else bool(share >= goal),
+            "p_value": mcnemar(before, right),
+        },
+        "layers_speedup": {
+            "value": ratio.median,
+            "unit": "x, median of ratios round by round",
+            "spread": [ratio.p10, ratio.p90],
+            "goal": f">= {0.95 * options.target:g}",
+            "met": bool(ratio.median >= 0.95 * options.target),
+        },
+        "speedup_over_flops": {
+            "value": ratio.median / (layer_flops(teacher, inputs) / layer_flops(student, inputs)),
+            "unit": "measured speedup over FLOPs reduction of the layers",
+            "spread": None,
+            "goal": ">= 0.85" if options.target <= 4 else None,
+            "met": None,
+        },
+    }
+    if figures["speedup_over_flops"]["goal"]:
+        figures["speedup_over_flops"]["met"] = bool(figures["speedup_over_flops"]["value"] >= 0.85)
+    return {
+        "command": "python " + shlex.join([Path(sys.argv[0]).name, *(Path(part).name for part in sys.argv[1:])]),
+        **provenance(seed=options.seed),
+        "device": {"cpu": device_name("cpu"), "cores": os.cpu_count(), "threads": 1, "gpu": None},
+        "data": {
+            "name": options.task,
+            "train_n": len(task.train_dataset),
+            "n": len(labels),
+            "fingerprint": task.fingerprint,
+        },
+        "method": options.method,
+        "task": options.task,
+        "target": options.target,
+        "teacher_accuracy": 100 * accuracy(theirs, labels).value,
+        "recipe": recipe.model_dump(include={"distill", "prune", "train"}, exclude_none=True),
+        "units": {site.name: site.units for site in find_sites(student)},
+        "parameters": count_parameters(student),
+        "figures": figures,
+    }
+
+
+def layer_flops(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    """Operations of the layers alone: those of the model less those of a copy without any."""
+    bare = copy.deepcopy(model)
+    bare.base_model.encoder.layer = torch.nn.ModuleList()
+    return count_flops(model, inputs) - count_flops(bare, inputs)
+
+
+def summarize() -> None:
+    """One table over all runs: mean and range over seeds."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
+    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for one in runs:
+        groups.setdefault((one["task"], one["target"], one["method"]), []).append(one)
+    table = []
+    for (task, target, method), members in sorted(groups.items()):
+        value = {name: [m["figures"][name]["value"] for m in members] for name in members[0]["figures"]}
+        goal = GOALS[task].get(target)
+        share = statistics.mean(value["share_of_teacher"])
+        table.append(
+            {
+                "task": task,
+                "target": target,
+                "method": method,
+                "seeds": [m["seed"] for m in members],
+                "accuracy": value["accuracy"],
+                "mean_accuracy": statistics.mean(value["accuracy"]),
+                "teacher_accuracy": members[0]["teacher_accuracy"],
+                "share_of_teacher": share,
+                "goal": goal,
+                "met": None if goal is None or method != "ours" else bool(share >= goal),
+                "layers_speedup": value["layers_speedup"],
+                "speedup_over_flops": value["speedup_over_flops"],
+                "training_s": [m["training_s"] for m in members],
+                "commits": sorted({m["commit"] for m in members}),
+            }
+        )
+    (RESULTS / "compression.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"{'task':<10} {'target':>6}  {'method':<10} {'seeds':>5} {'accuracy':>9} {'of teacher':>10} {'goal':>6}  speedup"
+    )
+    for row in table:
+        goal = "" if row["goal"] is None else f"{100 * row['goal']:.1f}"
+        speeds = ", ".join(f"{speed:.2f}x" for speed in row["layers_speedup"])
+        print(
+            f"{row['task']:<10} {row['target']:>5g}x  {row['method']:<10} {len(row['seeds']):>5} {row['mean_accuracy']:>9.2f} "
+            f"{100 * row['share_of_teacher']:>10.2f} {goal:>6}  {speeds}"
+        )
+
+
+if __name__ == "__main__":
+    main()
