@@ -211,7 +211,8 @@ class ScheduleConfig(Section):
         power: Exponent of the polynomial.
         start: Share of the run before anything is pruned (warm-up), in [0, 1).
         end: Share of the run after which nothing more is pruned (the rest is cool-down), in (0, 1].
-        updates: Number of times the plan is renewed between start and end; the last one is at `end`.
+        updates: Number of times the plan is renewed between start and end; the last one is at `end`. With the criterion "learned" the
+            plan is made once, at `end`: in between the target warms up as the schedule says.
     """
 
     name: Literal["polynomial", "linear", "constant"] = "polynomial"
@@ -302,7 +303,9 @@ class PruneConfig(Section):
                 "scope: site takes the same share everywhere, so whole sublayers or layers cannot go; use global"
             )
         if self.cut == "end" and ("layers" in self.units or self.repair or len(self.target.goals) > 1):
-            raise ValueError("cut: end only closes heads, neurons and sublayers for one target; use cut: gradual")
+            raise ValueError(
+                "cut: end only closes heads, neurons and sublayers, for one target and without repair; use cut: gradual"
+            )
         if self.criterion.name == "learned":
             self._gates_can_learn()
         return self
@@ -314,15 +317,23 @@ class PruneConfig(Section):
             ValueError: One line that says what, and what to do instead.
         """
         if self.uniform:
-            raise ValueError("criterion: learned finds each layer's own size, which uniform takes away; use another criterion")
+            raise ValueError(
+                "criterion: learned finds each layer's own size, which uniform takes away; use another criterion"
+            )
         if self.scope == "site":
-            raise ValueError("criterion: learned finds each site's own share, so scope: site has no use for it; use global")
+            raise ValueError(
+                "criterion: learned finds each site's own share, so scope: site has no use for it; use global"
+            )
         if "layers" in self.units:
             raise ValueError("criterion: learned has no gates on whole layers; use sublayers, or another criterion")
         if len(self.target.goals) != 1:
-            raise ValueError("criterion: learned works towards one target; give a single number, or use another criterion")
+            raise ValueError(
+                "criterion: learned works towards one target; give a single number, or use another criterion"
+            )
         if self.schedule.name == "constant":
-            raise ValueError("criterion: learned needs time between start and end; use schedule.name linear or polynomial")
+            raise ValueError(
+                "criterion: learned needs time between start and end; use schedule.name linear or polynomial"
+            )
 
 
 class QuantizeConfig(Section):

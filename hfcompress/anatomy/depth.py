@@ -11,7 +11,15 @@ from torch import nn
 
 from hfcompress.anatomy.families import family_of
 from hfcompress.anatomy.native import forget_per_layer
-from hfcompress.anatomy.sites import RECORD_VERSION, Change, Stack, StructureError, check_record, find_stacks
+from hfcompress.anatomy.sites import (
+    RECORD_VERSION,
+    Change,
+    Stack,
+    StructureError,
+    check_record,
+    find_stacks,
+    recorded_layers,
+)
 from hfcompress.anatomy.stream import built_model
 
 _Chosen = list[tuple[Stack, str, nn.ModuleList, tuple[int, ...]]]
@@ -115,6 +123,70 @@ def check_layers(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> _Chosen
     return chosen
 
 
+def droppable_layers(model: nn.Module) -> set[str]:
+    """Names ("encoder.3") of the layers that could be dropped from a model as it is, each alone.
+
+    Raises:
+        StructureError: None of them, with the reason of the last.
+
+    Example:
+        >>> from transformers import T5Config, T5EncoderModel
+        >>> sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 3, "vocab_size": 9}
+        >>> sorted(droppable_layers(T5EncoderModel(T5Config(**sizes))))  # the first layer has the position bias of all
+        ['encoder.1', 'encoder.2']
+    """
+    found: set[str] = set()
+    reason: StructureError | None = None
+
+    def can_go(stack: str, layers: int, gone: Sequence[int]) -> bool:
+        nonlocal reason
+        try:
+            check_layers(model, {stack: [n for n in range(layers) if n not in gone]})
+        except StructureError as error:
+            reason = error
+            return False
+        return True
+
+    for stack, _, layers in find_stacks(model, family_of(model)) or ():
+        count = len(layers)
+        if count < 2:
+            continue
+        others = range(1, count, 2)
+        # Where every second layer can go all at once, none depends on its number: that saves looking at each.
+        alike = can_go(stack.name, count, others) and (count < 3 or can_go(stack.name, count, range(2, count, 2)))
+        found |= {f"{stack.name}.{n}" for n in range(1, count) if alike or can_go(stack.name, count, [n])}
+        found |= {f"{stack.name}.0"} if can_go(stack.name, count, [0]) else set()
+    if not found:
+        raise reason or StructureError(f"{type(model).__name__} has no layer that it could do without")
+    return found
+
+
+def full_depth(model: nn.Module) -> Any:
+    """A copy of a model's config with as many layers as there were before any were dropped.
+
+    Which layers went is not known: fields with one entry per layer take the entries of those that are left, spread evenly.
+
+    Raises:
+        StructureError: The record in the model's config is not valid.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64))
+        >>> changes = drop_layers(model, {"encoder": (0, 3)})
+        >>> full_depth(model).num_hidden_layers
+        4
+    """
+    config = copy.deepcopy(model.config)
+    record = getattr(config, "hfcompress", None) or {}
+    counts = recorded_layers(record)
+    for stack, _, layers in find_stacks(model, family_of(model)) or ():
+        before = counts.get(stack.name, (0, 0))[1]
+        if before > len(layers):
+            index = tuple(number * len(layers) // before for number in range(before))
+            _shorten(_part(config, stack), stack, len(layers), index)
+    return config
+
+
 def _part(config: Any, stack: Stack) -> Any:
     """The config that a stack is built from."""
     return getattr(config, stack.config) if stack.config else config
@@ -214,7 +286,7 @@ def _own_configs(model: nn.Module, chosen: _Chosen) -> dict[str, list[Any]]:
 
 
 def _shorten(config: Any, stack: Stack, layers: int, index: tuple[int, ...], *, is_own: bool = False) -> None:
-    """Say in a config, in place, that a stack has only some of its layers.
+    """Say in a config, in place, that a stack has only some of its layers, or some of them several times.
 
     A stack's own config calls their number `num_hidden_layers`, too.
     """
@@ -258,7 +330,7 @@ def _shorten_stages(config: Any, layers: int, left: int) -> None:
         raise StructureError(
             "config.out_features names layers inside the model; layers cannot be dropped from a backbone"
         )
-    config.stage_names = list(names[: left + 1])
+    config.stage_names = [names[0], *(f"stage{number + 1}" for number in range(left))]
     config._out_features, config._out_indices = [names[left]], [left]
 
 

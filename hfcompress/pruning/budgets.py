@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Collection, Mapping
@@ -13,11 +12,13 @@ import torch
 from torch import nn
 
 from hfcompress.anatomy import find_sites
+from hfcompress.anatomy.depth import full_depth
+from hfcompress.anatomy.stream import built_model
 from hfcompress.config import MeasureConfig, Target
 from hfcompress.measurement import compare_latency, example_inputs, speedup
 from hfcompress.measurement.copies import cut_copy, find_layer_sites
-from hfcompress.measurement.costs import Costs, flops_costs, parameter_costs
-from hfcompress.measurement.latency_table import measure_latency_table
+from hfcompress.measurement.costs import Costs, ParameterScope, flops_costs, parameter_costs
+from hfcompress.measurement.latency_table import TableError, measure_latency_table
 from hfcompress.pruning.plan import Plan, original_units
 
 logger = logging.getLogger(__name__)
@@ -84,11 +85,9 @@ def make_budget(model: nn.Module, target: Target, *, measure: MeasureConfig) -> 
         measure: What the target does not say about how time is measured.
 
     Raises:
-        ValueError: The target has no goals, or is no smaller than the model.
+        ValueError: The target has no goals.
     """
-    dense_model = unpruned(model)
-    costs = _costs(dense_model, target, measure)
-    dense = costs.total({site.name: site.units for site in find_sites(dense_model)})
+    costs, dense = _costs(model, unpruned(model), target, measure)
     goals = tuple(_allowed(target, goal, dense) for goal in target.goals)
     logger.info("%s", describe(costs, dense, goals))
     return Budget(costs, dense, goals)
@@ -100,17 +99,25 @@ def describe(costs: Costs, dense: float, goals: Collection[float]) -> str:
     return f"dense: {dense:,.4g} {unit}; to reach: {', '.join(f'{goal:,.4g}' for goal in goals)}"
 
 
-def _costs(model: nn.Module, target: Target, measure: MeasureConfig) -> Costs:
-    if target.quantity == "sparsity":
-        return parameter_costs(model, scope="sites")
-    if target.quantity == "parameters":
-        return parameter_costs(model, scope="model")
+def _costs(model: nn.Module, dense: nn.Module, target: Target, measure: MeasureConfig) -> tuple[Costs, float]:
+    """The costs of a model as it is, and what it cost before anything was pruned."""
+    if target.quantity in ("sparsity", "parameters"):
+        scope: ParameterScope = "sites" if target.quantity == "sparsity" else target.scope
+        costs = parameter_costs(model, scope=scope)
+        return costs, (costs if dense is model else parameter_costs(dense, scope=scope)).total({})
     if target.quantity == "flops":
-        return flops_costs(model, timing_inputs(model, target, measure, batch=1), scope=target.scope)
+        inputs = timing_inputs(model, target, measure, batch=1)
+        costs = flops_costs(model, inputs, scope=target.scope)
+        return costs, (costs if dense is model else flops_costs(dense, inputs, scope=target.scope)).total({})
     if target.quantity in ("speedup", "latency_ms"):
         inputs = timing_inputs(model, target, measure)
         threads = target.threads if target.threads is not None else measure.threads
-        return measure_latency_table(model, inputs, threads=threads, scope=target.scope).costs(model)
+        table = measure_latency_table(dense, inputs, threads=threads, scope=target.scope)
+        whole = table.costs(dense).total({})
+        try:
+            return table.costs(model), whole
+        except TableError:  # its hidden width was cut, so its layers are others
+            return measure_latency_table(model, inputs, threads=threads, scope=target.scope).costs(model), whole
     raise ValueError(f"{target.quantity} has no budget of its own; it is looked for along a list of speedups")
 
 
@@ -135,51 +142,74 @@ def _allowed(target: Target, goal: float, dense: float) -> float:
 
 
 def unpruned(model: nn.Module) -> nn.Module:
-    """The model itself if nothing was pruned from it, else one with the shapes it had before and weights of no meaning."""
+    """The model itself if nothing was pruned from it, else one with the shapes it had before and weights of no meaning.
+
+    Layers that were dropped and hidden features that were cut count, too.
+    """
     before = original_units(model)
-    if all(site.units == before[site.name] for site in find_sites(model)):
+    record = getattr(model.config, "hfcompress", None) or {}
+    whole = all(site.units == before[site.name] for site in find_sites(model))
+    if whole and not any(name in record for name in ("layers", "hidden")):
         return model
-    config = copy.deepcopy(model.config)
-    config.hfcompress = {key: value for key, value in config.hfcompress.items() if key not in ("units", "hidden")}  # type: ignore[union-attr, operator]
+    config = full_depth(model)
+    config.hfcompress = {name: part for name, part in record.items() if name not in ("units", "layers", "hidden")}
     parameter = next(model.parameters())
-    fresh = type(model)._from_config(config, dtype=parameter.dtype)  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[]):  # what is drawn here must not change the run
+        fresh = type(model)._from_config(config, dtype=parameter.dtype)  # type: ignore[attr-defined]
     return fresh.to(parameter.device).eval()
 
 
+def dense_parameters(model: nn.Module) -> int:
+    """Parameters of all units before anything was pruned from a model, what sparsity is counted from."""
+    config = full_depth(model)
+    return sum(site.parameters_per_unit * site.units for site in find_sites(built_model(model, config)))
+
+
 class Stopwatch:
-    """Measures how fast a plan is, before anything is cut, against the model as it was when this was made.
+    """Measures how fast a plan is, before anything is cut, against the model before anything was pruned from it.
 
     Args:
-        model: The dense model; views of its weights are kept.
+        model: The model; views of its weights as they are now are kept.
         target: Says batch, length, threads and scope.
         measure: What the target does not say.
+
+    Attributes:
+        layers: Layers of the model as it is now; the names of sites and layers are theirs from then on.
     """
 
     def __init__(self, model: nn.Module, target: Target, *, measure: MeasureConfig) -> None:
-        dense = unpruned(model)
-        self.layers = find_layer_sites(dense)
-        self.dense = cut_copy(dense, [(layer, {}) for layer in self.layers])
+        self.start, dense = _whole_copy(model), unpruned(model)
+        self.dense = self.start if dense is model else _whole_copy(dense)
+        self.layers = find_layer_sites(self.start)
         self.inputs = timing_inputs(model, target, measure)
         self.threads = target.threads if target.threads is not None else measure.threads
         self.scope = target.scope
 
-    def time(self, units: Mapping[str, int], *, rounds: int = 11) -> tuple[float, float]:
-        """Median milliseconds of the model with so many units (site names of the dense model) and its speedup over the dense model.
+    def time(self, units: Mapping[str, int], *, layers: Collection[str], rounds: int = 11) -> tuple[float, float]:
+        """Time a model with fewer units and layers.
 
-        Layers none of whose sites are named are left out.
+        Args:
+            units: Site name to units; sites not named keep all.
+            layers: Names of the layers that stay.
+            rounds: Timed rounds.
+
+        Returns:
+            Its median milliseconds, and its speedup over the model before anything was pruned.
         """
-        chosen = []
-        for layer in self.layers:
-            mine = {role: units[site.name] for role, site in layer.sites.items() if site.name in units}
-            if mine:
-                chosen.append((layer, mine))
-        pruned = cut_copy(self.dense, [(self._own(layer), mine) for layer, mine in chosen])
+        chosen = [
+            (layer, {role: units[site.name] for role, site in layer.sites.items() if site.name in units})
+            for layer in self.layers
+            if layer.name in layers
+        ]
+        pruned = cut_copy(self.start, chosen)
         models = {"dense": self.dense, "pruned": pruned}
         timed = compare_latency(models, self.inputs, rounds=rounds, warmup=2, threads=self.threads, scope=self.scope)
         return timed["pruned"].median_ms, speedup(timed["dense"], timed["pruned"]).median
 
-    def _own(self, layer: Any) -> Any:
-        return next(own for own in find_layer_sites(self.dense) if own.name == layer.name)
+
+def _whole_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares the weights as they are now, and keeps them when the model is cut."""
+    return cut_copy(model, [(layer, {}) for layer in find_layer_sites(model)])
 
 
 def kept_units(plan: Plan) -> dict[str, int]:

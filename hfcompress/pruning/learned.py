@@ -8,7 +8,7 @@ read off the same table that decides in the end what stays.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ _START = 3.0
 _TIE = 1e-3
 # The multipliers go slower than the gates, which lag behind them, and without momentum, so that they turn as soon as the cost passes
 # the target: otherwise they close more than was asked for before they are back.
-_MULTIPLIER_PACE, _MULTIPLIER_BETAS = 0.3, (0.0, 0.9)
+_MULTIPLIER_PACE, _MULTIPLIER_BETAS = 0.3, (0.0, 0.999)
 # Keeps noise away from 0 and 1, where its logarithm is infinite.
 _EDGE = 1e-6
 
@@ -130,7 +130,12 @@ class LearnedGates:
         self._gradient: torch.Tensor | None = None
         # The smallest gradients belong to gates that are almost surely open; epsilon must not hold these back.
         rate = config.criterion.gate_learning_rate
-        ascent = {"params": [self.multipliers], "lr": rate * _MULTIPLIER_PACE, "betas": _MULTIPLIER_BETAS, "maximize": True}
+        ascent = {
+            "params": [self.multipliers],
+            "lr": rate * _MULTIPLIER_PACE,
+            "betas": _MULTIPLIER_BETAS,
+            "maximize": True,
+        }
         self.optimizer = torch.optim.AdamW(
             [{"params": self._gate_parameters()}, ascent], lr=rate, weight_decay=0.0, eps=1e-12
         )
@@ -321,20 +326,11 @@ class LearnedGates:
             curves[name] = Curve.from_scores((self.mean(name).double() + _TIE * probability) * cost)
         return curves
 
-    def fold(self, keep: Mapping[str, Collection[int]] | None = None) -> None:
-        """Multiply the readers' weights by the gates of evaluation, in place, and take the gates off.
-
-        Args:
-            keep: Site name to the units whose gates are written; those of all others are taken for closed. None writes all as they are.
-        """
+    def fold(self) -> None:
+        """Multiply the readers' weights by the gates of evaluation, in place, and take the gates off: a cut may follow."""
         self.remove()
         for name, site in self.sites.items():
-            gate = self.mean(name)
-            if keep is not None and name in keep:
-                kept = torch.zeros_like(gate)
-                kept[torch.tensor(sorted(keep[name]), dtype=torch.long)] = 1.0
-                gate = gate * kept
-            gate = gate.repeat_interleave(site.width)
+            gate = self.mean(name).repeat_interleave(site.width)
             for reader in self._readers[name]:
                 weight: nn.Parameter = reader.weight  # type: ignore[assignment]
                 # A linear layer keeps input features in columns, transformers' Conv1D in rows.

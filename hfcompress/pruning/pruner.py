@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfcompress.anatomy import Change, Site, drop_layers, family_of, find_sites, uniform_config
-from hfcompress.calibration import Batch, count_examples
-from hfcompress.config import MeasureConfig, PruneConfig
+from hfcompress.anatomy import Change, Site, StructureError, drop_layers, family_of, find_sites, uniform_config
+from hfcompress.anatomy.depth import droppable_layers
+from hfcompress.anatomy.sites import recorded_layers
+from hfcompress.calibration import Batch
+from hfcompress.config import MeasureConfig, MultipleOf, PruneConfig
 from hfcompress.measurement.latency_table import fast_multiple
 from hfcompress.pruning.allocation import BudgetError, alike, allocate, counts_allowed
-from hfcompress.pruning.budgets import Budget, Stopwatch, kept_units, make_budget
+from hfcompress.pruning.budgets import Budget, Stopwatch, dense_parameters, kept_units, make_budget
 from hfcompress.pruning.criteria import CRITERIA
 from hfcompress.pruning.curves import Curve
 from hfcompress.pruning.gates import Gates, gate_gradients
 from hfcompress.pruning.learned import LearnedGates
 from hfcompress.pruning.plan import Plan, cut, original_units
-from hfcompress.pruning.ranking import layer_losses, rank_units
+from hfcompress.pruning.ranking import rank_units
 from hfcompress.pruning.repair import repair
 from hfcompress.pruning.schedules import make_schedule, update_steps
 
@@ -31,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 # After each update the importance collected so far counts half: the average spans about two intervals of the schedule.
 _MEMORY = 0.5
-# Examples on which whole layers are tried out: each takes a forward pass for every layer.
-_LAYER_EXAMPLES = 256
 # What a measured time may differ from its target.
 _TOLERANCE = 0.05
 
@@ -63,6 +63,10 @@ def due_updates(config: PruneConfig, total_steps: int) -> list[Due]:
     if config.criterion.name == "learned":
         return _learning_updates(config, total_steps)
     goals = max(1, len(config.target.goals))
+    if goals > max(total_steps, 1):
+        raise ValueError(
+            f"{goals} targets cannot be reached in {total_steps} optimizer steps; train longer, or give fewer targets"
+        )
     found = []
     for goal in range(goals):
         schedule = config.schedule
@@ -106,7 +110,8 @@ class Pruner:
 
     Raises:
         BudgetError: The target cannot be reached under the recipe's constraints.
-        ValueError: There is no calibration data where it is needed.
+        StructureError: Only layers may go, and the architecture can do without none.
+        ValueError: There is no calibration data where it is needed, or there are more targets than optimizer steps.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -136,6 +141,7 @@ class Pruner:
                 "target.max_drop needs a model's score at several speeds; use `hfcompress prune --max-drop`, or give a list of speedups"
             )
         self.model = model
+        self._given = config
         self.config = fit_to_device(config, model)
         self.total_steps = total_steps
         self.seed = seed
@@ -149,7 +155,8 @@ class Pruner:
         self._measure = measure or MeasureConfig()
         self._learns = config.criterion.name == "learned"
         self._needs = None if self._learns else CRITERIA[config.criterion.name].needs
-        self._repairs = config.repair if config.repair is not None else self._needs not in (None, "steps")
+        looks = self._needs not in (None, "steps") and config.cut == "gradual"
+        self._repairs = looks if config.repair is None else config.repair
         if batches is None and (self._repairs or self._needs not in (None, "steps")):
             raise ValueError(
                 f"the criterion {config.criterion.name}{' and repair' if self._repairs else ''} need examples to look at; "
@@ -162,8 +169,9 @@ class Pruner:
         self._collected = 0.0
         self._last_step = -1
         self._fixed = False  # whether the plan of learned gates was carried out
-        self._dense = self._parameters(self.sites, self.original)
-        self._layers = {layer: layer for layer in self.budget.costs.fixed}  # names in the dense model to present ones
+        self._dense = dense_parameters(model)
+        self._timed = {layer: layer for layer in self.budget.costs.fixed}  # present names to those of the stopwatch
+        self._droppable = self._find_droppable()
         self._permitted = self._uniform_counts() if config.uniform else None
         # What cannot be reached is said now, not after most of the training.
         flat = {site.name: Curve.from_scores(torch.zeros(site.units)) for site in self.sites}
@@ -179,6 +187,22 @@ class Pruner:
         if self.budget.costs.quantity != "latency_ms":
             return None
         return self._once(lambda: _Unshared(Stopwatch(self.model, self.config.target, measure=self._measure))).value
+
+    def _find_droppable(self) -> set[str]:
+        """The layers that may go, as the model is now.
+
+        Raises:
+            StructureError: There are none, and nothing else may go.
+        """
+        if "layers" not in self.config.units:
+            return set()
+        try:
+            return droppable_layers(self.model)
+        except StructureError as error:
+            if self.config.units == ["layers"]:
+                raise
+            logger.info("no layer can be dropped: %s", error)
+            return set()
 
     def _uniform_counts(self) -> dict[str, set[int]]:
         """The counts per site that the plain config of the architecture can say.
@@ -294,7 +318,7 @@ class Pruner:
         update = due[-1]
         batches = self._calibration()
         curves = self._rank(batches)
-        losses = self._layer_losses(batches) if "layers" in self.config.units else None
+        losses = self._layer_losses(curves) if self._droppable else None
         self._forget_half()
         last = update.share >= 1
         budget = self.budget.at(update.goal, update.share)
@@ -383,11 +407,12 @@ class Pruner:
             torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)]),
         )
 
-    def _layer_losses(self, batches: Sequence[Batch] | None) -> dict[str, float]:
-        """What dropping each layer would cost, in the unit of the curves."""
-        if batches is not None and self._needs == "moments":
-            return self._once(lambda: layer_losses(self.model, _first_examples(batches, _LAYER_EXAMPLES)))
-        curves = self._rank(batches)
+    @staticmethod
+    def _layer_losses(curves: dict[str, Curve]) -> dict[str, float]:
+        """What dropping each layer costs: as much as emptying it, so that a layer never stays for its norms alone.
+
+        Measured without repair, as `layer_losses` does, it would look worse than curves that count on repair.
+        """
         losses: dict[str, float] = {}
         for name, curve in curves.items():
             layer = name.rpartition(".")[0]
@@ -403,7 +428,7 @@ class Pruner:
             self.config,
             original=self.original,
             permitted=self._permitted,
-            layer_losses=losses,
+            layer_losses={layer: loss for layer, loss in (losses or {}).items() if layer in self._droppable},
         )
 
     def _verified(self, curves: dict[str, Curve], goal: int, losses: dict[str, float] | None) -> Plan:
@@ -415,11 +440,13 @@ class Pruner:
             if found is None:
                 return plan
             latency_ms, ratio = found
-            # The ratio of interleaved rounds says more than milliseconds of different minutes.
-            reached = ratio / (self.budget.dense / wanted)
+            if self.config.target.quantity == "latency_ms":
+                reached = wanted / latency_ms
+            else:  # the ratio of interleaved rounds says more than milliseconds of different minutes
+                reached = ratio * wanted / self.budget.dense
             miss = abs(reached - 1)
             if best is None or miss < best[0]:
-                best = (miss, plan, latency_ms, ratio)
+                best = (miss, plan, latency_ms, ratio, reached)
             if miss <= _TOLERANCE / 2:
                 break
             allowance *= reached
@@ -428,16 +455,14 @@ class Pruner:
             except BudgetError:
                 break
         assert best is not None
-        miss, plan, latency_ms, ratio = best
-        self.reached.append(
-            {"goal": goal, "speedup": ratio, "latency_ms": latency_ms, "wanted": self.budget.dense / wanted}
-        )
+        miss, plan, latency_ms, ratio, reached = best
+        self.reached.append({"goal": goal, "speedup": ratio, "latency_ms": latency_ms, "wanted": ratio / reached})
         say = logger.info if miss <= _TOLERANCE else logger.warning
         say(
             "measured before the cut: %.2fx of the dense model's speed, wanted %.2fx (%+.0f %%)%s",
             ratio,
-            self.budget.dense / wanted,
-            100 * (ratio * wanted / self.budget.dense - 1),
+            ratio / reached,
+            100 * (reached - 1),
             ""
             if miss <= _TOLERANCE
             else "; counts come in steps that are too coarse, or the machine is busy with something else",
@@ -447,12 +472,16 @@ class Pruner:
     def _time(self, plan: Plan) -> tuple[float, float] | None:
         if self._stopwatch is None:
             return None
-        to_dense = {present: dense for dense, present in self._layers.items() if present is not None}
         units = {}
         for name, count in kept_units(plan).items():
             layer, _, role = name.rpartition(".")
-            units[f"{to_dense.get(layer, layer)}.{role}"] = count
-        return self._stopwatch.time(units)
+            units[f"{self._timed.get(layer, layer)}.{role}"] = count
+        gone = {
+            layer
+            for layer in self._timed
+            if plan.layers and int(layer.rpartition(".")[2]) not in plan.layers[layer.rpartition(".")[0]]
+        }
+        return self._stopwatch.time(units, layers={self._timed[layer] for layer in self._timed if layer not in gone})
 
     def _cut(self, plan: Plan, batches: Sequence[Batch] | None) -> list[Change]:
         before = {site.name: site.units for site in self.sites}
@@ -497,7 +526,9 @@ class Pruner:
         for stack, kept in plan.layers.items():
             names |= {f"{stack}.{old}": f"{stack}.{new}" for new, old in enumerate(kept)}
         self.budget = self.budget.without_layers(names)
-        self._layers = {dense: None if now is None else names.get(now) for dense, now in self._layers.items()}
+        fresh = {names[layer]: timed for layer, timed in self._timed.items()}
+        self._timed = {layer: timed for layer, timed in fresh.items() if layer is not None}
+        self._droppable = self._find_droppable()
         self.original = _renamed(self.original, names)
         self._importance = _renamed(self._importance, names)
 
@@ -529,8 +560,9 @@ class Pruner:
             state += (
                 f", {self.budget.dense / self.cost():.2f}x by {'FLOPs' if costs.quantity == 'flops' else 'the table'}"
             )
-        gone = sum(name is None for name in self._layers.values())
-        layers = f" and {gone} of {len(self._layers)} layers" if gone else ""
+        stacks = recorded_layers(getattr(self.model.config, "hfcompress", None) or {})
+        gone = sum(before - left for left, before in stacks.values())
+        layers = f" and {gone} of {len(costs.fixed) + gone} layers" if gone else ""
         logger.info("step %d: %s %s%s; %s", self._last_step, what, " and ".join(counts), layers, state)
 
     def finish(self) -> None:
@@ -559,11 +591,11 @@ class Pruner:
             "collected": float(self._collected),
             "original": self.original,
             "dense": self._dense,
-            "layers": self._layers,
             "budget": self.budget.to_dict(),
             "reached": self.reached,
             "total_steps": self.total_steps,
-            "config": self.config.model_dump(),
+            "config": self._given.model_dump(),
+            "multiple_of": self.config.multiple_of.model_dump(),
             "closing": self.gates is not None,
             "learning": self.learned is not None,
             "fixed": self._fixed,
@@ -585,7 +617,7 @@ class Pruner:
         Raises:
             ValueError: The state was written under another recipe.
         """
-        mine = self.config.model_dump()
+        mine = self._given.model_dump()
         differing = sorted(key for key in mine if facts.get("config", {}).get(key) != mine[key])
         if differing:
             raise ValueError(
@@ -600,7 +632,9 @@ class Pruner:
             )
         self.original = {name: int(units) for name, units in facts["original"].items()}
         self._dense = int(facts["dense"])
-        self._layers = dict(facts["layers"])
+        # "auto" stays what it was where the run began, whatever machine it goes on with.
+        self.config = self.config.model_copy(update={"multiple_of": MultipleOf(**facts["multiple_of"])})
+        self._permitted = self._uniform_counts() if self.config.uniform else None
         self.budget = Budget.from_dict(facts["budget"])
         self.reached = list(facts["reached"])
         self._last_step = int(facts["last_step"])
@@ -617,7 +651,9 @@ class Pruner:
                 value.copy_(tensors[f"gate.{name}"])
         self._fixed = bool(facts["fixed"])
         if facts["learning"]:
-            kept = {name.removeprefix("learned."): value for name, value in tensors.items() if name.startswith("learned.")}
+            kept = {
+                name.removeprefix("learned."): value for name, value in tensors.items() if name.startswith("learned.")
+            }
             self.learned = self._make_learned()
             self.learned.load_state(kept, step=self._last_step)
 
@@ -637,13 +673,6 @@ class _Unshared:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"value": None}
-
-
-def _first_examples(batches: Sequence[Batch], wanted: int) -> list[Batch]:
-    """Batches spread over all lengths with about so many examples."""
-    sizes = [count_examples(batch) for batch in batches]
-    every = max(1, round(sum(sizes) / wanted))
-    return list(batches[every // 2 :: every]) or list(batches[:1])
 
 
 def fit_to_device(config: PruneConfig, model: nn.Module) -> PruneConfig:

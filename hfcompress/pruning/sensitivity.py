@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hfcompress.anatomy import find_sites
-from hfcompress.calibration import Batch, divergence, to_device
-from hfcompress.calibration.predictions import count_examples, prediction_mask
+from hfcompress.calibration import Batch, count_examples, divergence, frozen, prediction_mask, to_device
 from hfcompress.pruning.curves import Curve
 from hfcompress.pruning.gates import Gates
 
@@ -52,10 +52,13 @@ def measure_sensitivity(
         model: The model; it is left as it was.
         batches: Calibration inputs.
         curves: In which order the units of each site go, from `rank_units`.
-        shares: Of the units that are left, each in [0, 1).
+        shares: Of the units that are left, each in [0, 1); counts are rounded down.
 
     Returns:
         One entry per site with units, in the order of the layers.
+
+    Raises:
+        ValueError: There is no data.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -66,31 +69,30 @@ def measure_sensitivity(
         >>> [(entry.site, entry.left) for entry in found]
         [('encoder.0.heads', (1, 0)), ('encoder.0.neurons', (4, 0))]
     """
+    if not batches:
+        raise ValueError("there is no calibration data; pass at least one batch")
     sites = [site for site in find_sites(model) if site.units]
-    points = {site.name: tuple(dict.fromkeys(round(share * site.units) for share in shares)) for site in sites}
+    points = {
+        site.name: tuple(dict.fromkeys(math.floor(share * site.units + 1e-9) for share in shares)) for site in sites
+    }
     found: dict[str, list[float]] = {site.name: [0.0] * len(points[site.name]) for site in sites}
-    was_training = model.training
-    model.eval()
     examples, problem_type = 0, getattr(model.config, "problem_type", None)
     rounds = sum(len(p) for p in points.values()) * len(batches)
-    try:
-        with torch.inference_mode(), tqdm(total=rounds, desc="sensitivity", leave=False, delay=2) as bar:
-            for batch in batches:
-                inputs = to_device(batch, model)
-                examples += count_examples(inputs)
-                before = model(**inputs)
-                mask = prediction_mask(before, inputs)
-                for site in sites:
-                    for place, left in enumerate(points[site.name]):
-                        gates = Gates(model, [site])
-                        gates.close({site.name: curves[site.name].order[: site.units - left].tolist()})
-                        after = model(**inputs)
-                        gates.remove()
-                        lost = divergence(before, after, mask=mask, problem_type=problem_type)
-                        found[site.name][place] += max(0.0, float(lost))
-                        bar.update()
-    finally:
-        model.train(was_training)
+    with frozen(model), torch.no_grad(), tqdm(total=rounds, desc="sensitivity", leave=False, delay=2) as bar:
+        for batch in batches:
+            inputs = to_device(batch, model)
+            examples += count_examples(inputs)
+            before = model(**inputs)
+            mask = prediction_mask(before, inputs)
+            for site in sites:
+                for place, left in enumerate(points[site.name]):
+                    gates = Gates(model, [site])
+                    gates.close({site.name: curves[site.name].order[: site.units - left].tolist()})
+                    after = model(**inputs)
+                    gates.remove()
+                    lost = divergence(before, after, mask=mask, problem_type=problem_type)
+                    found[site.name][place] += max(0.0, float(lost))
+                    bar.update()
     return [
         Sensitivity(
             site.name,

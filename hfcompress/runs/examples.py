@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import PIL.Image
 import torch
-import transformers
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -18,8 +20,11 @@ from hfcompress.config import DataConfig
 from hfcompress.measurement import Metric
 from hfcompress.runs.evaluation import Rate, rate_on
 from hfcompress.tasks import PreparedTask, prepare
+from hfcompress.tasks.columns import Columns, may_hold_labels, text_columns
 from hfcompress.tasks.corpus import read_corpus
 from hfcompress.tasks.errors import DataError
+from hfcompress.tasks.preparation import find_task
+from hfcompress.tasks.sources import Source, read_rows, read_sources
 
 _CLASSIFIERS = {"ForSequenceClassification": "text-classification", "ForImageClassification": "image-classification"}
 
@@ -66,8 +71,8 @@ def read_examples(
 ) -> Examples:
     """Calibration batches and a score for a model.
 
-    Classifiers are scored by their accuracy on labelled data; decoders by their perplexity on text in blocks of `data.max_length` tokens;
-    other text models are only calibrated.
+    Classifiers are scored by their accuracy on labelled data, and only calibrated on data without labels; decoders are scored by their
+    perplexity on text in blocks of `data.max_length` tokens; other text models are only calibrated.
 
     Args:
         model: The model.
@@ -78,53 +83,110 @@ def read_examples(
         batch: Examples in a batch.
 
     Raises:
-        DataError: The data cannot be read, or there is too little of it.
+        DataError: The data cannot be read, or there is too little of it; or the model needs more than a text or an image.
     """
     name = type(model).__name__
     kind = next((task for ending, task in _CLASSIFIERS.items() if name.endswith(ending)), None)
+    if kind is not None and _has_labels(data, kind):
+        return _classification(folder, data, kind, samples=samples, seed=seed, batch=batch)
     if kind is not None:
-        return _classification(model, folder, data, kind, samples=samples, seed=seed, batch=batch)
+        return _unlabelled(model, folder, data, kind, samples=samples, seed=seed, batch=batch)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise DataError(f"{name} reads two texts; prune it while it trains, with Seq2SeqPruningTrainer")
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise DataError(f"{name} reads {model.main_input_name}; this command knows texts and image classification")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        tokenizer = find_task("text-classification").inputs.load_processor(
+            folder, revision=None, trust_remote_code=False
+        )
         return _blocks(tokenizer, data, samples=samples, seed=seed, batch=max(1, batch // 8))
-    texts = [text for text in read_corpus([str(data.train)], text=_columns(data)) if text]
-    chosen = np.random.default_rng(seed).permutation(len(texts))[:samples]
-    batches = _encode(tokenizer, [texts[index] for index in chosen], data.max_length, batch)
-    return Examples(batches, len(chosen), None)
+    return _unlabelled(model, folder, data, "text-classification", samples=samples, seed=seed, batch=batch)
 
 
-def _classification(
+def _classification(folder: str, data: DataConfig, kind: str, *, samples: int, seed: int, batch: int) -> Examples:
+    task = prepare(data, task=kind, model_name=folder, seed=seed, must_match=True)
+    batches = _chosen(task.train_dataset, task.data_collator, samples=samples, seed=seed, batch=batch)
+    return Examples(batches, min(samples, len(task.train_dataset)), rate_on(task), task)
+
+
+def _unlabelled(
     model: nn.Module, folder: str, data: DataConfig, kind: str, *, samples: int, seed: int, batch: int
 ) -> Examples:
-    names = model.config.id2label  # type: ignore[union-attr]
-    labels = [names[number] for number in sorted(names)]  # type: ignore[operator, index, arg-type]
-    task = prepare(data, task=kind, model_name=folder, seed=seed, must_match=True, label_names=labels)  # type: ignore[arg-type]
-    dataset = task.train_dataset
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:samples].tolist()
-    rows = sorted((dataset[index] for index in chosen), key=lambda row: len(row.get("input_ids", ())))
-    batches = [task.data_collator(rows[start : start + batch]) for start in range(0, len(rows), batch)]
+    """The inputs alone, encoded as those of a task."""
+    inputs = find_task(kind).inputs
+    if data.train is None:
+        raise DataError("data.train: give a file or a folder of examples")
+    processor = inputs.load_processor(folder, revision=None, trust_remote_code=False)
+    if inputs.kind == "image":
+        sources = [_images(data)]
+        columns = Columns("", image=sources[0].rows.column_names[0])
+    else:
+        sources = read_rows(data.train, key="data.train")
+        columns = Columns("", text=text_columns(sources[0].rows.features, _columns(data)))
+    opened = datasets.concatenate_datasets([inputs.open(_filled(source, columns), columns) for source in sources])
+    encoded = inputs.encode(
+        opened, columns=columns, processor=processor, config=data, model_config=model.config, where="examples"
+    )
+    collate = inputs.collator(processor, config=data, model_config=model.config)
+    batches = _chosen(encoded, collate, samples=samples, seed=seed, batch=batch)
+    return Examples(batches, min(samples, len(encoded)), None)
 
-    return Examples(batches, len(rows), rate_on(task), task)
+
+def _has_labels(data: DataConfig, kind: str) -> bool:
+    """Whether data say, or seem to say, what is right."""
+    if data.label is not None or data.name is not None or data.eval is not None:
+        return True
+    inputs = find_task(kind).inputs
+    if inputs.kind == "image":
+        return not _loose_images(data)
+    if str(data.train).lower().endswith(".txt"):
+        return False
+    source, _ = read_sources(data, kind="text")
+    return may_hold_labels(source.rows.features, data, "text")
+
+
+def _loose_images(data: DataConfig) -> list[Path]:
+    """Images that lie in a folder itself, not in one folder per class, if that is what was given."""
+    folder = Path(str(data.train)).expanduser()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in PIL.Image.OPEN}
+    return [path for path in files if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+
+
+def _images(data: DataConfig) -> Source:
+    paths = [str(path.absolute()) for path in _loose_images(data)]
+    rows = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
+    return Source(rows, Path(str(data.train)).name)
+
+
+def _filled(source: Source, columns: Columns) -> Source:
+    """Without rows that have no text: empty lines of a file are no examples."""
+    names = columns.text
+    if names is None:
+        return source
+    lists = [source.rows[name] for name in names]
+    kept = [row for row, texts in enumerate(zip(*lists, strict=True)) if all(text and text.strip() for text in texts)]
+    if not kept:
+        raise DataError(f"data.train: {source.name} has no text")
+    return Source(source.rows.select(kept), source.name, source.folder)
 
 
 def _columns(data: DataConfig) -> list[str]:
     return [] if data.text is None else [data.text] if isinstance(data.text, str) else list(data.text)
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], length: int, batch: int) -> list[dict[str, Any]]:
-    encoded = [tokenizer(text, truncation=True, max_length=length) for text in texts]
-    encoded.sort(key=lambda row: len(row["input_ids"]))
-    return [
-        dict(tokenizer.pad(encoded[start : start + batch], return_tensors="pt"))
-        for start in range(0, len(encoded), batch)
-    ]
+def _chosen(dataset: Any, collate: Callable[[list[Any]], Any], *, samples: int, seed: int, batch: int) -> list[Any]:
+    """Batches of a random choice, long texts with long ones."""
+    chosen = np.random.default_rng(seed).permutation(len(dataset))[:samples].tolist()
+    rows = sorted((dataset[index] for index in chosen), key=lambda row: len(row.get("input_ids", ())))
+    return [collate(rows[start : start + batch]) for start in range(0, len(rows), batch)]
 
 
 def _blocks(tokenizer: Any, data: DataConfig, *, samples: int, seed: int, batch: int) -> Examples:
     """Text in one piece, cut into blocks of equal length."""
-    train = _tokens(tokenizer, str(data.train), data)
+    if data.train is None:
+        raise DataError("data.train: give a file of texts")
+    train = _tokens(tokenizer, data.train, data)
     if data.eval is None:
         held_out = max(1, int(len(train) * data.holdout))
         train, test = train[:-held_out], train[-held_out:]

@@ -107,7 +107,7 @@ class Run:
         for name in sorted(names):
             for folder in (self.output / name, self.output / f"{name}-checkpoints"):
                 shutil.rmtree(folder, ignore_errors=True)
-        for path in (*marks, self.output / RECIPE_FILE, self.output / RESULTS_FILE):
+        for path in (*marks, self.output / RECIPE_FILE, self.output / RESULTS_FILE, self.output / TRADEOFF_FILE):
             path.unlink(missing_ok=True)
 
     # ---- stages ----
@@ -131,7 +131,7 @@ class Run:
         self.write_cards(models, rows)
         if self._goal_folders():
             self._draw(rows)
-            self._choose(rows, models)
+        self._choose(rows, models)
         if self.recipe.push is not None:
             self.push(models)
         return rows
@@ -302,6 +302,7 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.move(left, folder)
                 save_probe(load(folder), folder)
+                self._mark_done(folder.name)
 
     def _require_agreement(self, model: nn.Module) -> None:
         """Make sure that all processes ended with the same shapes and weights."""

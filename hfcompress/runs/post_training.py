@@ -58,10 +58,20 @@ def prune_once(
         batches: Calibration inputs.
         measure: What the target does not say about how time is measured.
         seed: Of everything random.
+
+    Raises:
+        BudgetError: The target cannot be reached.
+        ValueError: There are several targets, or the criterion learns from training.
     """
+    if config.criterion.name in ("learned", "movement"):
+        raise ValueError(
+            f"the criterion {config.criterion.name} needs training (hfcompress run); without it use obs, or another criterion"
+        )
+    if len(config.target.goals) != 1:
+        raise ValueError(f"pruning without training has one target, not {len(config.target.goals)}; give a single number")
     schedule = config.schedule.model_copy(update={"name": "constant", "start": 0.0})
     repair = True if config.repair is None else config.repair
-    config = config.model_copy(update={"schedule": schedule, "repair": repair})
+    config = config.model_copy(update={"schedule": schedule, "repair": repair, "cut": "gradual"})
     pruner = Pruner(model, config, total_steps=1, seed=seed, batches=lambda: batches, measure=measure)
     pruner.step(0)
     add_step(
@@ -112,7 +122,8 @@ def prune_within(
     for trial in range(trials):
         # Halving the logarithm; the first guess is near where most models are.
         wanted = 2.0 if trial == 0 else (low * high) ** 0.5
-        target = config.target.model_copy(update={"max_drop": None, "speedup": wanted})
+        others = dict.fromkeys(("sparsity", "latency_ms", "parameters", "flops", "max_drop"))
+        target = config.target.model_copy(update={**others, "speedup": wanted})
         candidate = copy.deepcopy(model)
         try:
             pruned = prune_once(
@@ -168,15 +179,15 @@ def prune_folder(
         ValueError: Something does not fit; nothing was written.
     """
     started = time.perf_counter()
-    model = load(source).float()
-    model.to(_device(measure.device)).eval()  # type: ignore[arg-type]
+    model, dtype = _open(source, measure)
     examples = read_examples(model, source, data, samples=config.criterion.samples, seed=seed)
     say(f"Calibrating on {examples.n:,} examples")
     if config.target.max_drop is not None:
         pruned = prune_within(model, config, examples, measure=measure, seed=seed, say=say)
     else:
-        pruned = prune_once(copy.deepcopy(model), config, examples.batches, measure=measure, seed=seed)
+        pruned = prune_once(model, config, examples.batches, measure=measure, seed=seed)
     say(f"Pruned and repaired in {time.perf_counter() - started:.0f} s; saving and loading again by every way")
+    pruned.model.to(dtype)  # type: ignore[call-overload]
     pruned.model.save_pretrained(output)  # type: ignore[operator]
     save_probe(pruned.model, output)
     copy_processor(source, output)
@@ -187,7 +198,7 @@ def prune_folder(
     say("Scoring and timing")
     rows = measure_folders({"dense": _local(source), "pruned": output}, examples.rate, measure)
     for row in rows:
-        row["folder"] = "." if row["name"] == "pruned" else Path(source).name
+        row["folder"] = "." if row["name"] == "pruned" else _name(source)
     results = {
         "rows": rows,
         "name": output.resolve().name,
@@ -202,6 +213,24 @@ def prune_folder(
     (output / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_card(output, base_model=results["base_model"], checks=checks)
     return rows
+
+
+def _open(source: str, measure: MeasureConfig) -> tuple[nn.Module, torch.dtype]:
+    """A saved model in 32 bits on the device, in evaluation mode, and the type it was saved in.
+
+    Raises:
+        ValueError: It is quantized.
+    """
+    model = load(source)
+    if getattr(model, "quantization_method", None) is not None:
+        raise ValueError(f"{source} is quantized, so nothing can be cut from it; prune first and quantize after that")
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return model.float().to(_device(measure.device)).eval(), dtype
+
+
+def _name(source: str) -> str:
+    """What a folder or repository is called."""
+    return Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2]
 
 
 def _local(source: str) -> Path:
@@ -219,8 +248,7 @@ def sensitivity_of(
     source: str, criterion: CriterionConfig, data: DataConfig, *, measure: MeasureConfig, seed: int
 ) -> list[Sensitivity]:
     """What the units of each site of a saved model are worth; see `measure_sensitivity`."""
-    model = load(source).float()
-    model.to(_device(measure.device)).eval()  # type: ignore[arg-type]
+    model, _ = _open(source, measure)
     examples = read_examples(model, source, data, samples=criterion.samples, seed=seed)
     curves = rank_units(model, criterion.name, examples.batches, seed=seed)
     return measure_sensitivity(model, examples.batches, curves)

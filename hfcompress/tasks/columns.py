@@ -109,6 +109,32 @@ def detect_columns(features: Mapping[str, Any], config: DataConfig, kind: Kind) 
     return Columns(label, text=inputs) if kind == "text" else Columns(label, image=inputs[0])
 
 
+def may_hold_labels(features: Mapping[str, Any], config: DataConfig, kind: Kind) -> bool:
+    """Whether a data set has a column beside its inputs that could hold labels.
+
+    Args:
+        features: Column names and types, as in `Dataset.features`.
+        config: The `data` section of a recipe.
+        kind: Whether the inputs are texts or images.
+
+    Raises:
+        DataError: An input is not there, or cannot be told from others.
+
+    Example:
+        >>> string, number = datasets.Value("string"), datasets.Value("int64")
+        >>> told = DataConfig(train="a.csv")
+        >>> may_hold_labels({"idx": number, "text": string}, told, "text"), may_hold_labels({"y": number, "text": string}, told, "text")
+        (False, True)
+    """
+    if config.label is not None:
+        return True
+    given = (config.text,) if isinstance(config.text, str) else tuple(config.text or ())
+    inputs = given if kind == "text" else ((config.image,) if config.image else ())
+    inputs = inputs or (_find_text(features) if kind == "text" else _find_image(features))
+    rest = {name: feature for name, feature in features.items() if name not in inputs and not _counts_rows(name)}
+    return any(_can_be_label(feature) for feature in rest.values())
+
+
 def text_columns(features: Mapping[str, Any], text: Sequence[str] = ()) -> tuple[str, ...]:
     """The columns of text, where no labels are asked for: as told, or found by type and customary name.
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hfcompress.anatomy import find_layers
-from hfcompress.checkpoints.record import add_step
+from hfcompress.anatomy import StructureError, find_layers, find_stream
+from hfcompress.checkpoints.record import add_step, read_hidden
 from hfcompress.config import DistillConfig, Recipe
 from hfcompress.distillation import (
     Teacher,
@@ -220,7 +220,7 @@ class DistillationMixin(ExactTrainerMixin):
         if not self._layer_pairs or self.teacher is None or len(self._projections):
             return
         student = self.accelerator.unwrap_model(self.model)
-        widths = student.config.hidden_size, self.teacher.model.config.hidden_size  # type: ignore[union-attr]
+        widths = _stream_width(without_adapters(student)), _stream_width(self.teacher.model)
         if widths[0] == widths[1]:
             return
         for pair in self._layer_pairs:
@@ -275,6 +275,15 @@ class DistillationMixin(ExactTrainerMixin):
             settings=self.distill.model_dump(),
             optimizer_steps=self.state.global_step,
         )
+
+
+def _stream_width(model: nn.Module) -> int:
+    """Features of the hidden states between layers: the config says how many there were before the hidden width was cut."""
+    try:
+        return find_stream(model).width
+    except StructureError:  # of an architecture that is not known, with adapters, or quantized
+        hidden = read_hidden(model.config)
+        return int(model.config.hidden_size) if hidden is None else hidden[0]  # type: ignore[union-attr, arg-type]
 
 
 def _name_of(teacher: nn.Module) -> str:

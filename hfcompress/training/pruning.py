@@ -79,8 +79,10 @@ class PruningMixin(ExactTrainerMixin):
             budget=None if facts is None else Budget.from_dict(facts["budget"]),
             measure=self.recipe.measure,
         )
+        self.goal_folders = {}
         if facts is not None:
             self.pruner.load_state(facts, tensors)
+            self._find_goals()
         else:
             self._prune_if_due(0)
 
@@ -140,6 +142,17 @@ class PruningMixin(ExactTrainerMixin):
             model.config.hfcompress = before
         self.goal_folders[goals[number]] = folder
         logger.info("step %d: the model for %s %s is in %s", step, self.prune.target.quantity, goals[number], folder)  # type: ignore[union-attr]
+
+    def _find_goals(self) -> None:
+        """The models that a run which goes on has left already."""
+        assert self.pruner is not None and self.prune is not None
+        for step in range(1, self.state.global_step + 1):
+            number = self.pruner.goal_at(step)
+            if number is not None:
+                goal = self.prune.target.goals[number]
+                folder = Path(self.args.output_dir) / goal_folder(self.prune.target.quantity, goal)
+                if folder.is_dir():
+                    self.goal_folders[goal] = folder
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One batch forward and backward as in Trainer; after the last one of an optimizer step importance is collected."""
@@ -235,7 +248,12 @@ class _PruningCallback(TrainerCallback):
 
 
 def goal_folder(quantity: str, goal: float) -> str:
-    """Name of the folder of the model that has reached a target: "speedup-2.0"."""
+    """Name of the folder of the model that has reached a target.
+
+    Example:
+        >>> goal_folder("latency_ms", 12.5), goal_folder("speedup", 2.0)
+        ('latency-ms-12.5', 'speedup-2')
+    """
     return f"{quantity.replace('_', '-')}-{goal:g}"
 
 

@@ -13,7 +13,7 @@ from hfcompress.anatomy import find_sites
 from hfcompress.config import MeasureConfig, PruneConfig, Recipe, RecipeError
 from hfcompress.measurement import example_inputs
 from hfcompress.measurement.costs import Costs, flops_costs, parameter_costs
-from hfcompress.pruning import Gates, Plan, Pruner, cut
+from hfcompress.pruning import Budget, Gates, Plan, Pruner, cut
 from hfcompress.pruning.learned import LearnedGates, hard_concrete_mean, hard_concrete_sample, probability_open
 from tests.families import CONFIGS, largest_difference, make_inputs, make_model, predictions, run_model, task_class
 
@@ -228,7 +228,9 @@ def test_the_gradient_reaches_the_gates_as_autograd_would(name):
     scaled = {}
     for site in find_sites(model):
         noise = gates._noise[site.name]
-        gate = hard_concrete_sample(log_alpha[site.name], noise[:-1]) * hard_concrete_sample(whole[site.name], noise[-1])
+        gate = hard_concrete_sample(log_alpha[site.name], noise[:-1]) * hard_concrete_sample(
+            whole[site.name], noise[-1]
+        )
         gate = gate.repeat_interleave(site.width)
         for reader in site.readers:
             rows = model.get_submodule(reader).weight.shape[0] == len(gate) and name == "gpt2"
@@ -304,7 +306,7 @@ def learn(model, config, *, steps, **changes):
 
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-TARGETS = {"sparsity": 0.5, "flops": 0.6, "parameters": 0.7, "speedup": 1.05}
+TARGETS = {"sparsity": 0.5, "flops": 0.6, "parameters": 0.7, "speedup": 1.4}
 
 
 @pytest.mark.parametrize("quantity", TARGETS)
@@ -312,8 +314,12 @@ TARGETS = {"sparsity": 0.5, "flops": 0.6, "parameters": 0.7, "speedup": 1.05}
 def test_what_is_cut_equals_what_was_gated_and_meets_the_budget(units, quantity):
     model, inputs = make_model("bert", **NO_DROPOUT), make_inputs("bert")
     config = settings(units, rate=0.3, target={quantity: TARGETS[quantity]})
-    measure = MeasureConfig(batch=1, length=4, rounds=3, threads=1)
-    pruner = learn(model, config, steps=30, measure=measure)
+    given = {}
+    if quantity == "speedup":  # by a table that is known: what is measured on a busy machine is no test
+        costs = staircase(model)
+        given = {"budget": Budget(costs, costs.total({}), (costs.total({}) / 1.4,))}
+    pruner = learn(model, config, steps=30, measure=MeasureConfig(batch=1, length=4, rounds=3, threads=1), **given)
+    pruner._stopwatch = None
     assert not pruner.done and pruner.learned is not None
     gated = copy.deepcopy(model).eval()
     before = {site.name: site.units for site in find_sites(model)}
@@ -335,9 +341,7 @@ def test_what_is_cut_equals_what_was_gated_and_meets_the_budget(units, quantity)
     assert largest_difference(run_model(model.eval(), inputs), by_ordinary_gates(gated, values, inputs)) < 1e-5
     left = {site.name: site.units for site in find_sites(model)}
     assert sum(before.values()) > sum(left.values())
-    if quantity != "speedup":  # what is measured on a busy machine is no test
-        assert pruner.cost() <= pruner.budget.goals[0] * (1 + 1e-9)
-        assert pruner.cost() > 0.8 * pruner.budget.goals[0]
+    assert 0.8 * pruner.budget.goals[0] < pruner.cost() <= pruner.budget.goals[0] * (1 + 1e-9)
     assert pruner.step(31) == [] and pruner.learning() is None
 
 
@@ -449,6 +453,8 @@ def test_what_makes_no_sense_is_refused_in_one_line(case):
 
 def test_no_time_to_learn_is_refused():
     config = settings(schedule={"start": 0.1, "end": 0.15})
-    with pytest.raises(ValueError, match=r"no optimizer step between start \(0.1\) and end \(0.15\) of 10; train longer"):
+    with pytest.raises(
+        ValueError, match=r"no optimizer step between start \(0.1\) and end \(0.15\) of 10; train longer"
+    ):
         Pruner(make_model("bert"), config, total_steps=10)
     assert len(REFUSED) == 7

@@ -35,6 +35,7 @@ DESCENT = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "logging
 SAVING = {"dropout": 0.1, "save_strategy": "steps", "save_steps": 2}
 WIDE = {"family": "bert", "task": "sequence", "teacher_width": 64}
 VIT = {"family": "vit", "task": "image"}
+LEARNED = {"criterion": {"name": "learned", "gate_learning_rate": 0.5}}
 
 # What two processes do with 4 examples each is compared with one process and 8: no dropout there, for it is drawn per process.
 COMPARED: dict[str, dict[str, Any]] = {
@@ -45,6 +46,7 @@ COMPARED: dict[str, dict[str, Any]] = {
     "vit": {**VIT, **DESCENT},
     "vit-end": {**VIT, **DESCENT, "cut": "end"},
     "llama": {"family": "llama", "task": "causal", **DESCENT},
+    "bert-learned": {"family": "bert", "task": "sequence", **LEARNED, **DESCENT},
     "plain": {"trainer": "PlainTrainer", **DESCENT},
 }
 JOBS: dict[str, dict[str, Any]] = {
@@ -53,6 +55,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "bert-resumed": {**WIDE, **SAVING, "resume_job": "bert-saved/checkpoint-2"},
     "vit-saved": {**VIT, **SAVING, "cut": "end"},
     "vit-resumed": {**VIT, **SAVING, "cut": "end", "resume_job": "vit-saved/checkpoint-2"},
+    "learned-saved": {**VIT, **SAVING, **LEARNED},
+    "learned-resumed": {**VIT, **SAVING, **LEARNED, "resume_job": "learned-saved/checkpoint-2"},
     "best": {
         **WIDE,
         **SAVING,
@@ -165,7 +169,7 @@ def test_both_processes_end_with_the_same_model(two: Path, job: str) -> None:
 
 
 def test_the_jobs_cover_what_they_should() -> None:
-    assert len(TRAINED) == 14 and len(JOBS) == 16 + 7 * 3 * 2
+    assert len(TRAINED) == 17 and len(JOBS) == 19 + 7 * 3 * 2
 
 
 def test_without_a_new_reducer_the_processes_drift_apart(two: Path) -> None:
@@ -222,7 +226,7 @@ def test_each_process_with_its_own_mean_if_that_is_asked_for(two: Path) -> None:
 # ---- checkpoints ----
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit"])
+@pytest.mark.parametrize("kind", ["bert", "vit", "learned"])
 def test_resuming_on_two_processes_is_exact_to_the_bit(two: Path, kind: str) -> None:
     assert facts(two, f"{kind}-resumed")["same_weights"]
     assert torch.equal(weights(two, f"{kind}-resumed"), weights(two, f"{kind}-saved"))
