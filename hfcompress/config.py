@@ -167,7 +167,9 @@ class Target(Section):
         values = self.goals if given else [0.5]
         harder = values if self.quantity in ("sparsity", "speedup") else [-value for value in values]
         if not values or any(later <= earlier for earlier, later in itertools.pairwise(harder)):
-            raise ValueError(f"{self.quantity} lists {values}: each target must be harder than the one before, and none twice")
+            raise ValueError(
+                f"{self.quantity} lists {values}: each target must be harder than the one before, and none twice"
+            )
         return self
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -82,7 +83,7 @@ examples:
     )
     _data_arguments(prune)
     goal = prune.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--speedup", type=_number, help="times faster than now, measured")
+    goal.add_argument("--speedup", type=_number, help="times faster than before anything was pruned, measured")
     goal.add_argument("--latency-ms", type=_number, help="milliseconds of a forward pass, measured")
     goal.add_argument("--sparsity", type=_number, help="share of the parameters of all heads and neurons to remove")
     goal.add_argument("--parameters", type=_number, help="parameters left: their number, or up to 1 their share")
@@ -352,10 +353,11 @@ def _run(options: argparse.Namespace) -> int:
     if rows is None:
         return 0
     student = run.output / "student"
-    units = _units(str(student)) if student.is_dir() else {}
     print()
-    if any(left != before for left, before in units.values()):
-        print(draw_layers(units), end="\n\n")
+    if student.is_dir():
+        units, layers, _ = _what_is_left(str(student))
+        if any(left != before for left, before in (*units.values(), *layers.values())):
+            print(draw_layers(units, layers=layers), end="\n\n")
     print(format_rows(rows))
     print(f"\nReady to push: {student if student.is_dir() else run.output} (hfcompress push FOLDER user/name)")
     return 0
@@ -377,6 +379,15 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
         "measure": {name: getattr(options, name) for name in ("batch", "length", "threads", "device")},
         "seed": options.seed,
     }
+
+
+_OPTIONS = {"train": "--data", "max_length": "--length", "max_eval": "--max-eval"}
+
+
+def _as_options(message: str) -> str:
+    """A message that names keys of a recipe's section `data`, with this command's options in their place."""
+    keys = r"(?<![\w./'\"-])data\.(train|eval|text|image|label|max_length|max_eval)(?![\w.]*\w)"
+    return re.sub(keys, lambda found: _OPTIONS.get(found[1], f"--{found[1]}"), message)
 
 
 def _prune(options: argparse.Namespace) -> int:
@@ -412,8 +423,9 @@ def _prune(options: argparse.Namespace) -> int:
             say=lambda text: print(f"== {text}", file=sys.stderr),
         )
     except DataError as error:
-        raise ValueError(str(error).replace("data.train", "--data").replace("data.", "--")) from None
-    print(draw_layers(_units(str(target))), end="\n\n")
+        raise ValueError(_as_options(str(error))) from None
+    units, layers, _ = _what_is_left(str(target))
+    print(draw_layers(units, layers=layers), end="\n\n")
     print(format_rows(rows))
     print(f"\n{target}: loads again by every way its card names (hfcompress push {target} user/name)")
     return 0
@@ -436,7 +448,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
             options.model, recipe.prune.criterion, recipe.data, measure=recipe.measure, seed=recipe.seed
         )
     except DataError as error:
-        raise ValueError(str(error).replace("data.train", "--data").replace("data.", "--")) from None
+        raise ValueError(_as_options(str(error))) from None
     if options.json:
         print(json.dumps([entry.to_dict() for entry in found], indent=2))
     else:
@@ -476,13 +488,16 @@ def _measure(options: argparse.Namespace) -> int:
     return 0
 
 
-def _units(model: str, revision: str | None = None) -> dict[str, tuple[int, int]]:
-    """Site name to (units left, units before), from the config alone."""
+_Pairs = dict[str, tuple[int, int]]
+
+
+def _what_is_left(model: str, revision: str | None = None) -> tuple[_Pairs, _Pairs, tuple[int, int] | None]:
+    """Of units by site, of layers by stack, and of hidden features (left, before), from the config alone."""
     import torch
 
     from hfcompress.anatomy import find_sites
     from hfcompress.checkpoints.io import model_class
-    from hfcompress.checkpoints.record import read_steps, read_units
+    from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units
 
     cls, config = model_class(model, revision=revision)
     with torch.device("meta"):
@@ -491,7 +506,8 @@ def _units(model: str, revision: str | None = None) -> dict[str, tuple[int, int]
     for step in read_steps(config):
         # A model whose plain config says its shapes keeps what it had before in the step that pruned it.
         before = {name: int(pair[1]) for name, pair in step.get("units", {}).items()} | before
-    return {site.name: (site.units, before.get(site.name, site.units)) for site in sites}
+    units = {site.name: (site.units, before.get(site.name, site.units)) for site in sites}
+    return units, read_layers(config), read_hidden(config)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -499,17 +515,26 @@ def _inspect(options: argparse.Namespace) -> int:
 
     from hfcompress.hub.picture import draw_layers, save_layers_picture
 
-    units = _units(options.model, options.revision)
+    units, layers, hidden = _what_is_left(options.model, options.revision)
     if options.json:
-        print(json.dumps({name: {"left": left, "before": before} for name, (left, before) in units.items()}, indent=2))
+
+        def said(pairs: _Pairs) -> dict[str, Any]:
+            return {name: {"left": left, "before": before} for name, (left, before) in pairs.items()}
+
+        found = said(units) | ({"layers": said(layers)} if layers else {})
+        print(json.dumps(found | (said({"hidden": hidden}) if hidden else {}), indent=2))
     else:
-        print(draw_layers(units))
+        print(draw_layers(units, layers=layers))
         for kind in ("heads", "neurons"):
             pairs = [pair for name, pair in units.items() if name.endswith(kind)]
             left, before = sum(p[0] for p in pairs), sum(p[1] for p in pairs)
             print(f"{kind}: {left:,} of {before:,} ({left / max(before, 1):.0%})")
+        for stack, (left, before) in layers.items():
+            print(f"layers of the {stack}: {left:,} of {before:,} ({left / before:.0%})")
+        if hidden:
+            print(f"hidden features: {hidden[0]:,} of {hidden[1]:,} ({hidden[0] / hidden[1]:.0%})")
     if options.picture:
-        save_layers_picture(units, options.picture)
+        save_layers_picture(units, options.picture, layers=layers)
         if not options.json:
             print(f"drawn in {options.picture}")
     return 0

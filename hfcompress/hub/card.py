@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import hfcompress
 from hfcompress.checkpoints.portable import MODELING_FILE
-from hfcompress.checkpoints.record import read_steps, read_units
+from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units
 from hfcompress.hub.picture import draw_layers, save_layers_picture
 from hfcompress.hub.verify import RouteCheck, is_4bit
 
@@ -71,7 +71,7 @@ def write_card(
     steps = [step for step in read_steps(config) if isinstance(step.get("step"), str)]
     units = read_units(config) or _units_of_steps(steps)
     if units:
-        save_layers_picture(units, folder / PICTURE_FILE)
+        save_layers_picture(units, folder / PICTURE_FILE, layers=read_layers(config))
     name = (repo_id or results.get("name") or folder.resolve().name).rpartition("/")[2]
     base_model = base_model or results.get("base_model")
     card = ModelCard.from_template(
@@ -82,7 +82,7 @@ def write_card(
         rows=[_row(row) for row in results.get("rows", [])],
         steps=[_describe(step) for step in steps] or ["Nothing yet."],
         picture=PICTURE_FILE if units else None,
-        units=draw_layers(units) if units else None,
+        units=draw_layers(units, layers=read_layers(config)) if units else None,
         ways=_ways(folder, config, repo_id or f"path/to/{name}"),
         checks=", ".join(
             f"{check.route} {check.difference:.1g}" for check in checks or [] if check.difference is not None
@@ -209,6 +209,14 @@ def _summary(config: Any, steps: list[dict[str, Any]], units: dict[str, tuple[in
             left.append(f"{sum(p[0] for p in pairs):,} of {sum(p[1] for p in pairs):,} {kind}")
     if left:
         text += f" In the layers that were pruned, {' and '.join(left)} are left."
+    stacks = read_layers(config)
+    if stacks:
+        several = len(stacks) > 1
+        counts = [f"{now} of {before} layers" + f" in {name}" * several for name, (now, before) in stacks.items()]
+        text += f" {' and '.join(counts)} are left."
+    hidden = read_hidden(config)
+    if hidden is not None:
+        text += f" The hidden states have {hidden[0]:,} of {hidden[1]:,} features left."
     return text
 
 

@@ -10,26 +10,52 @@ Units = Mapping[str, tuple[int, int]]
 _BAR = 24
 
 
-def draw_layers(units: Units) -> str:
+def draw_layers(units: Units, *, layers: Units | None = None) -> str:
     """What is left of each site as a bar of text.
 
     Args:
         units: Site name to (units left, units before), in the order of the layers.
+        layers: Stack name to (layers left, layers before). Those that are gone are drawn empty after those that are left: which ones
+            they were is not known any more.
 
     Example:
         >>> print(draw_layers({"encoder.0.heads": (6, 12), "encoder.0.neurons": (384, 1536)}))
         layer      heads                              neurons
         encoder.0  ############............    6/12   ######..................   384/1536
     """
-    layers, roles = _grid(units)
-    width = max([len("layer"), *(len(layer) for layer in layers)])
+    units = _with_gone(units, layers or {})
+    names, roles = _grid(units)
+    width = max([len("layer"), *(len(layer) for layer in names)])
     cells = {name: f"{_bar(*pair)}  {pair[0]:>{_digits(units, name)}}/{pair[1]}" for name, pair in units.items()}
-    columns = {role: max(len(cells.get(f"{layer}.{role}", "")) for layer in layers) for role in roles}
+    columns = {role: max(len(cells.get(f"{layer}.{role}", "")) for layer in names) for role in roles}
     lines = ["layer".ljust(width) + "  " + "   ".join(role.ljust(columns[role]) for role in roles)]
-    for layer in layers:
+    for layer in names:
         row = "   ".join(cells.get(f"{layer}.{role}", "").ljust(columns[role]) for role in roles)
         lines.append(f"{layer.ljust(width)}  {row}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _with_gone(units: Units, layers: Units) -> Units:
+    """The units, and after those of each stack empty entries for the layers that are gone, as large as the largest left."""
+    drawn: dict[str, tuple[int, int]] = {}
+    waiting = dict(layers)
+    entries = list(units.items())
+    for place, (name, pair) in enumerate(entries):
+        drawn[name] = pair
+        stack = _stack(name)
+        if stack not in waiting or any(_stack(later) == stack for later, _ in entries[place + 1 :]):
+            continue
+        left, before = waiting.pop(stack)
+        mine = [(other.rpartition(".")[2], most) for other, (_, most) in entries if _stack(other) == stack]
+        for number in range(before - left):
+            for role in dict.fromkeys(role for role, _ in mine):
+                drawn[f"{stack}.gone {number + 1}.{role}"] = (0, max(most for r, most in mine if r == role))
+    return drawn
+
+
+def _stack(site: str) -> str:
+    """The stack of a site that belongs to one layer: "encoder" of "encoder.3.heads"."""
+    return site.rpartition(".")[0].rpartition(".")[0]
 
 
 def _digits(units: Units, name: str) -> int:
@@ -50,30 +76,34 @@ def _grid(units: Units) -> tuple[list[str], list[str]]:
     return layers, roles
 
 
-def save_layers_picture(units: Units, path: str | Path, *, title: str = "What is left in each layer") -> None:
+def save_layers_picture(
+    units: Units, path: str | Path, *, layers: Units | None = None, title: str = "What is left in each layer"
+) -> None:
     """The same as a PNG: one panel per kind of unit, one bar per layer, what was there before in grey behind it.
 
     Args:
         units: Site name to (units left, units before).
         path: File to write.
+        layers: Stack name to (layers left, layers before); see `draw_layers`.
         title: Above the panels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layers, roles = _grid(units)
-    figure = Figure(figsize=(4.2 * len(roles), 0.32 * len(layers) + 1.5), layout="constrained")
+    units = _with_gone(units, layers or {})
+    names, roles = _grid(units)
+    figure = Figure(figsize=(4.2 * len(roles), 0.32 * len(names) + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
-    rows = range(len(layers))
-    several = len({layer.partition(".")[0] for layer in layers}) > 1
-    labels = [layer if several else layer.rpartition(".")[2] for layer in layers]
+    rows = range(len(names))
+    several = len({layer.partition(".")[0] for layer in names}) > 1
+    labels = [layer if several else layer.rpartition(".")[2] for layer in names]
     for axes, role in zip(figure.subplots(1, len(roles), squeeze=False)[0], roles, strict=True):
-        pairs = [units.get(f"{layer}.{role}", (0, 0)) for layer in layers]
+        pairs = [units.get(f"{layer}.{role}", (0, 0)) for layer in names]
         axes.barh(rows, [before for _, before in pairs], color="#d9dde3", height=0.75)
         axes.barh(rows, [left for left, _ in pairs], color="#2b6cb0", height=0.75)
         for row, (left, before) in zip(rows, pairs, strict=True):
-            if f"{layers[row]}.{role}" not in units:
+            if f"{names[row]}.{role}" not in units:
                 continue
             axes.text(before * 1.02, row, f"{left}/{before}", va="center", fontsize=8, color="#333333")
         axes.set_yticks(rows, labels, fontsize=8)

@@ -254,7 +254,8 @@ def example_inputs(
     kind = getattr(model, "main_input_name", None)
     config: Any = getattr(model, "config", None)
     known = kind in ("input_ids", "pixel_values", "input_values")
-    if not known and (kind != "input_features" or not hasattr(config, "max_source_positions")):
+    whisper = kind == "input_features" and hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins")
+    if not known and not whisper:
         raise ValueError(
             f"{type(model).__name__} (main input {kind!r}) reads neither text, images nor sound; build its inputs by hand"
         )

@@ -276,7 +276,7 @@ def solve(layers: Sequence[Layer], budget: float, *, cells: int = _CELLS) -> lis
     Example:
         >>> group = (Option(2, 0.0, 2.0), Option(1, 1.0, 1.0), Option(0, 5.0, 0.0))
         >>> [[option.units for option in chosen] for chosen in solve([Layer((group,)), Layer((group, group))], 4.0)]
-        [[1], [2, 1]]
+        [[1], [1, 2]]
     """
     least = sum(_cheapest(layer) for layer in layers)
     if least > budget * (1 + 1e-9) + 1e-12:

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # After each update the importance collected so far counts half: the average spans about two intervals of the schedule.
 _MEMORY = 0.5
+# What norms and residuals of all layers may take of the budget of a model that is going to be trained.
+_FIXED_SHARE = 1 / 3
 # What a measured time may differ from its target.
 _TOLERANCE = 0.05
 
@@ -57,7 +59,7 @@ def due_updates(config: PruneConfig, total_steps: int) -> list[Due]:
 
     Example:
         >>> config = PruneConfig(target={"speedup": [2, 4]}, schedule={"name": "linear", "start": 0.2, "end": 0.6, "updates": 2})
-        >>> [(due.step, due.goal, due.share) for due in due_updates(config, 100)]
+        >>> [(due.step, due.goal, round(due.share, 2)) for due in due_updates(config, 100)]
         [(20, 0, 0.5), (30, 0, 1.0), (65, 1, 0.5), (80, 1, 1.0)]
     """
     if config.criterion.name == "learned":
@@ -376,7 +378,9 @@ class Pruner:
         return ends.get(step)
 
     def _calibration(self) -> Sequence[Batch] | None:
-        wanted = self._repairs or self._needs not in (None, "steps") or (self._needs == "steps" and not self._importance)
+        wanted = (
+            self._repairs or self._needs not in (None, "steps") or (self._needs == "steps" and not self._importance)
+        )
         return self._batches() if wanted and self._batches is not None else None
 
     def _rank(self, batches: Sequence[Batch] | None) -> dict[str, Curve]:
@@ -419,7 +423,26 @@ class Pruner:
             losses[layer] = losses.get(layer, 0.0) + float(curve.loss[-1])
         return losses
 
+    def _with_room(self, losses: dict[str, float], budget: float) -> dict[str, float]:
+        """Where training follows, the layers that stay must have room: the least important go until a third of the budget is enough for
+        what layers cost apart from their units.
+
+        Without training, a layer with hardly any units loses least. With it, few wide layers learn what many empty ones cannot.
+        """
+        if self.total_steps <= 1:
+            return losses
+        costs, must_go = self.budget.costs, -(1.0 + sum(losses.values()))
+        left = dict(costs.fixed)
+        for layer in sorted(losses, key=lambda name: losses[name]):
+            if sum(left.values()) <= _FIXED_SHARE * (budget - costs.rest) or len(left) <= 1:
+                break
+            if layer in self._droppable:
+                del left[layer]
+        return {layer: loss if layer in left else must_go for layer, loss in losses.items()}
+
     def _allocate(self, curves: dict[str, Curve], budget: float, losses: dict[str, float] | None) -> Plan:
+        if losses is not None:
+            losses = self._with_room(losses, budget)
         return allocate(
             self.sites,
             curves,

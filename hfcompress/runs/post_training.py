@@ -68,7 +68,9 @@ def prune_once(
             f"the criterion {config.criterion.name} needs training (hfcompress run); without it use obs, or another criterion"
         )
     if len(config.target.goals) != 1:
-        raise ValueError(f"pruning without training has one target, not {len(config.target.goals)}; give a single number")
+        raise ValueError(
+            f"pruning without training has one target, not {len(config.target.goals)}; give a single number"
+        )
     schedule = config.schedule.model_copy(update={"name": "constant", "start": 0.0})
     repair = True if config.repair is None else config.repair
     config = config.model_copy(update={"schedule": schedule, "repair": repair, "cut": "gradual"})

@@ -56,15 +56,15 @@ def format_sensitivities(found: Sequence[Sensitivity]) -> str:
     Example:
         >>> entry = Sensitivity("encoder.0.heads", 12, (9, 6), (0.001, 0.25), (0.0, 0.0))
         >>> print(format_sensitivities([entry]))
-        nats per example with       75 %      50 %   of the units left
-        encoder.0.heads (12)      0.0010    0.2500
+        nats per example with      75 %      50 %   of the units left
+        encoder.0.heads (12)     0.0010    0.2500
     """
     shares = sorted({left / entry.units for entry in found for left in entry.left}, reverse=True)
     columns = [share for number, share in enumerate(shares) if number == 0 or shares[number - 1] - share > 0.05]
     labels = [f"{entry.site} ({entry.units})" for entry in found]
     width = max([len("nats per example with"), *(len(label) for label in labels)])
-    head = "".join(f"{share:>8.0%}".replace("%", " %") for share in columns)
-    lines = [f"{'nats per example with':<{width}}  {head}   of the units left"]
+    head = "".join(f"{f'{share:.0%}'.replace('%', ' %'):>10}" for share in columns)
+    lines = [f"{'nats per example with':<{width}}{head}   of the units left"]
     for label, entry in zip(labels, found, strict=True):
         values = {left / entry.units: loss for left, loss in zip(entry.left, entry.divergence, strict=True)}
         cells = [next((v for share, v in values.items() if abs(share - column) <= 0.05), None) for column in columns]

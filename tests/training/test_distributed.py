@@ -36,6 +36,15 @@ SAVING = {"dropout": 0.1, "save_strategy": "steps", "save_steps": 2}
 WIDE = {"family": "bert", "task": "sequence", "teacher_width": 64}
 VIT = {"family": "vit", "task": "image"}
 LEARNED = {"criterion": {"name": "learned", "gate_learning_rate": 0.5}}
+EXAMPLES = {"criterion": {"name": "obs", "samples": 16}}
+LAYERED = {
+    **EXAMPLES,
+    "prune": {
+        "target": {"parameters": [0.8, 0.4], "scope": "layers"},
+        "units": ["layers", "neurons", "heads"],
+        "at_least": {"heads": 2, "neurons": 40},
+    },
+}
 
 # What two processes do with 4 examples each is compared with one process and 8: no dropout there, for it is drawn per process.
 COMPARED: dict[str, dict[str, Any]] = {
@@ -47,6 +56,8 @@ COMPARED: dict[str, dict[str, Any]] = {
     "vit-end": {**VIT, **DESCENT, "cut": "end"},
     "llama": {"family": "llama", "task": "causal", **DESCENT},
     "bert-learned": {"family": "bert", "task": "sequence", **LEARNED, **DESCENT},
+    "bert-obs": {**WIDE, **DESCENT, **EXAMPLES, "hidden": 0.0, "per_device_eval_batch_size": 8},
+    "vit-layers": {**VIT, **DESCENT, **LAYERED, "hidden": 0.0, "per_device_eval_batch_size": 8},
     "plain": {"trainer": "PlainTrainer", **DESCENT},
 }
 JOBS: dict[str, dict[str, Any]] = {
@@ -55,6 +66,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "bert-resumed": {**WIDE, **SAVING, "resume_job": "bert-saved/checkpoint-2"},
     "vit-saved": {**VIT, **SAVING, "cut": "end"},
     "vit-resumed": {**VIT, **SAVING, "cut": "end", "resume_job": "vit-saved/checkpoint-2"},
+    "layers-saved": {**VIT, **SAVING, **LAYERED, "hidden": 0.0},
+    "layers-resumed": {**VIT, **SAVING, **LAYERED, "hidden": 0.0, "resume_job": "layers-saved/checkpoint-4"},
     "learned-saved": {**VIT, **SAVING, **LEARNED},
     "learned-resumed": {**VIT, **SAVING, **LEARNED, "resume_job": "learned-saved/checkpoint-2"},
     "best": {

@@ -34,8 +34,8 @@ def optimizer_state(trainer: Any) -> dict[str, torch.Tensor]:
     return {f"{i}.{name}": value for i, kept in state.items() for name, value in kept.items()}
 
 
-def identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return len(ours) > 20 and ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+def identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *, more_than: int = 20) -> bool:
+    return len(ours) > more_than and ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 @pytest.mark.parametrize("cut", ["gradual", "end"])
@@ -56,7 +56,7 @@ def test_resuming_is_exact_to_the_bit(tmp_path: Path, family: str, cut: str) -> 
         assert resumed.config.hfcompress == model.config.hfcompress
         states = [run.pruner.state() for run in (whole, again)]
         assert states[0][0] == states[1][0], "facts"
-        assert len(states[0][1]) == 6 and all(
+        assert len(states[0][1]) == 12 and all(
             torch.equal(states[0][1][name], states[1][1][name]) for name in states[0][1]
         )
         terms = [
@@ -72,6 +72,51 @@ def test_resuming_is_exact_to_the_bit(tmp_path: Path, family: str, cut: str) -> 
     sizes = [vector(hfcompress.load(tmp_path / "whole" / f"checkpoint-{step}")).numel() for step in CHECKPOINTS]
     assert checked == 4 and sizes[0] > sizes[-1]
     assert (sizes[0] > sizes[1] > sizes[2] > sizes[3]) if cut == "gradual" else (sizes[0] == sizes[1] == sizes[2])
+
+
+EXAMPLES = {"name": "obs", "samples": 12}
+LAYERS = {"target": {"parameters": [0.8, 0.4], "scope": "layers"}, "at_least": {"heads": 2, "neurons": 40}}
+WITH_EXAMPLES: dict[str, dict[str, Any]] = {
+    "repair": {"criterion": EXAMPLES, "prune": {"repair": True}},
+    "repair without obs": {"criterion": "first_order", "prune": {"repair": True}},
+    "goals": {"criterion": EXAMPLES, "prune": {"target": {"sparsity": [0.2, 0.35, 0.5]}}},
+    "layers": {
+        "criterion": EXAMPLES,
+        "prune": {**LAYERS, "units": ["layers", "neurons", "heads"]},
+    },
+    "layers by gradients": {
+        "criterion": "first_order",
+        "prune": {**LAYERS, "units": ["layers", "neurons"]},
+    },
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("kind", WITH_EXAMPLES)
+def test_resuming_a_run_that_looks_at_examples_is_exact_to_the_bit(tmp_path: Path, family: str, kind: str) -> None:
+    options = {"family": family, "task": RUNS[family], "dropout": 0.1, "max_steps": 8, "hidden": 0.0}
+    options |= {"n": 14, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, **WITH_EXAMPLES[kind]}
+    whole, model = compress(tmp_path / "whole", save_strategy="steps", save_steps=1, **options)
+    assert whole.pruner.done
+    goals = whole.prune.target.goals
+    assert list(whole.goal_folders) == goals[:-1]
+    sizes = []
+    for step in (2, 5):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "whole", tmp_path / f"again-{step}")
+        again, resumed = compress(tmp_path / f"again-{step}", resume=checkpoint, **options)
+        pairs = (resumed.state_dict(), model.state_dict()), (optimizer_state(again), optimizer_state(whole))
+        assert all(identical(*pair, more_than=10) for pair in pairs), f"not the same after resuming from step {step}"
+        assert resumed.config.hfcompress == model.config.hfcompress
+        assert again.pruner.state()[0] == whole.pruner.state()[0]
+        assert {goal: folder.name for goal, folder in again.goal_folders.items()} == {
+            goal: folder.name for goal, folder in whole.goal_folders.items()
+        }
+        sizes.append(vector(hfcompress.load(checkpoint)).numel())
+    assert sizes[0] > sizes[1], "something went between the two checkpoints"
+    if kind.startswith("layers"):
+        ((left, before),) = model.config.hfcompress["layers"].values()
+        assert left == 1 and before == 3
 
 
 def test_the_last_checkpoint_is_found(tmp_path: Path) -> None:
