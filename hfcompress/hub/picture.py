@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Units = Mapping[str, tuple[int, int]]
 
@@ -134,8 +135,11 @@ def save_tradeoff_picture(points: Sequence[tuple[str, float, float]], path: str 
     axes.axhline(dense, color="#9aa3ad", linewidth=1, linestyle="--")
     ordered = sorted(points, key=lambda point: point[1])
     axes.plot([x for _, x, _ in ordered], [y for _, _, y in ordered], color="#2b6cb0", marker="o", markersize=5)
+    middle = (ordered[0][1] + ordered[-1][1]) / 2
     for name, x, y in points:
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8, color="#333333")
+        right = x > middle  # its name goes to the left, so that none leaves the picture
+        place: dict[str, Any] = {"xytext": (-6 if right else 6, 6), "ha": "right" if right else "left"}
+        axes.annotate(name, (x, y), textcoords="offset points", fontsize=8, color="#333333", **place)
     axes.set_xlabel("speedup of a forward pass, measured")
     axes.set_ylabel(metric)
     axes.margins(x=0.12, y=0.18)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # After each update the importance collected so far counts half: the average spans about two intervals of the schedule.
 _MEMORY = 0.5
 # What norms and residuals of all layers may take of the budget of a model that is going to be trained.
-_FIXED_SHARE = 1 / 3
+_FIXED_SHARE = 0.15
 # What a measured time may differ from its target.
 _TOLERANCE = 0.05
 
@@ -424,8 +424,8 @@ class Pruner:
         return losses
 
     def _with_room(self, losses: dict[str, float], budget: float) -> dict[str, float]:
-        """Where training follows, the layers that stay must have room: the least important go until a third of the budget is enough for
-        what layers cost apart from their units.
+        """Where training follows, the layers that stay must have room: the least important go until a small share of the budget is
+        enough for what layers cost apart from their units.
 
         Without training, a layer with hardly any units loses least. With it, few wide layers learn what many empty ones cannot.
         """

@@ -85,7 +85,9 @@ def rank_units(
         close = difflib.get_close_matches(name, CRITERIA, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         if name == "learned":
-            raise ValueError("learned gates need a training run to learn in; use a Trainer or `hfcompress run`, or the criterion obs")
+            raise ValueError(
+                "learned gates need a training run to learn in; use a Trainer or `hfcompress run`, or the criterion obs"
+            )
         raise ValueError(f"there is no criterion {name!r}{hint}; there are {', '.join(CRITERIA)}")
     if CRITERIA[name].needs == "moments":
         return surgeon_curves(model, _needed(name, batches), seed=seed, reduce=reduce)

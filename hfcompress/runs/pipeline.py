@@ -412,8 +412,9 @@ def with_default_speedups(recipe: Recipe) -> Recipe:
     """In training the fastest model within a drop is chosen among several: the recipe's targets, or these."""
     if recipe.prune is None or recipe.prune.target.max_drop is None or recipe.prune.target.quantity != "max_drop":
         return recipe
-    target = recipe.prune.target.model_copy(update={"speedup": [1.5, 2.0, 3.0, 4.0]})
-    return recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"target": target})})
+    values = recipe.model_dump(exclude_unset=True)
+    values["prune"]["target"]["speedup"] = [1.5, 2.0, 3.0, 4.0]
+    return Recipe.from_dict(values)  # checked anew: not every setting goes with several targets
 
 
 def _several() -> bool:

@@ -60,6 +60,7 @@ class DistillationMixin(ExactTrainerMixin):
         self.teacher: Teacher | None = None
         self._projections = nn.ModuleDict()
         self._layer_pairs: tuple[tuple[int, int], ...] = ()
+        self._student_layers = 0
         self._resumed_from: str | None = None
         super().__init__(model, *args, recipe=recipe, **kwargs)
         if self.distill is None:
@@ -85,11 +86,26 @@ class DistillationMixin(ExactTrainerMixin):
         self.teacher = Teacher(teacher, label_names=self.label_names)
         self.teacher.to(self.args.device)
         if self.distill.hidden.weight > 0:
-            self._layer_pairs = make_map(
-                self.distill.hidden.layers,
-                student_layers=len(find_layers(student)),
-                teacher_layers=len(find_layers(teacher)),
-            )
+            if self._layers_go() and isinstance(self.distill.hidden.layers, list):
+                raise ValueError(
+                    "distill.hidden.layers names layers by their number, which changes while prune.units: layers drops some; use all or last"
+                )
+            self._pair_layers(student)
+
+    def _layers_go(self) -> bool:
+        """Whether the student loses layers while it is trained."""
+        prune = self.recipe.prune
+        return prune is not None and "layers" in prune.units
+
+    def _pair_layers(self, student: nn.Module) -> None:
+        """Which layers are compared, for the layers that the student has now."""
+        assert self.distill is not None and self.teacher is not None
+        self._student_layers = len(find_layers(student))
+        self._layer_pairs = make_map(
+            self.distill.hidden.layers,
+            student_layers=self._student_layers,
+            teacher_layers=len(find_layers(self.teacher.model)),
+        )
 
     # ---- loss ----
 
@@ -101,6 +117,8 @@ class DistillationMixin(ExactTrainerMixin):
             return super()._loss_terms(model, inputs, counts)
         student = without_adapters(self.accelerator.unwrap_model(model))
         asked = _with_decoder_inputs(student, inputs)
+        if self._layer_pairs and self._layers_go() and len(find_layers(student)) != self._student_layers:
+            self._pair_layers(student)
         with self._capture(student, side=0) as ours:
             outputs = self._run_model(model, inputs)
         with self._capture(self.teacher.model, side=1) as theirs, self.accelerator.autocast():
@@ -223,6 +241,11 @@ class DistillationMixin(ExactTrainerMixin):
         widths = _stream_width(without_adapters(student)), _stream_width(self.teacher.model)
         if widths[0] == widths[1]:
             return
+        if self._layers_go():
+            raise ValueError(
+                f"hidden states of {widths[0]} and {widths[1]} features are compared through a projection for each layer, which cannot "
+                "follow prune.units: layers; set distill.hidden.weight to 0, or drop layers in a run of their own"
+            )
         for pair in self._layer_pairs:
             self._projections[f"{pair[0]}_{pair[1]}"] = nn.Linear(*widths, bias=False)
         self._projections.to(self.args.device)

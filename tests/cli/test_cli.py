@@ -18,7 +18,8 @@ from hfcompress.hub import verify
 from tests.families import make_inputs, make_model, run_model
 from tests.hub.folders import all_fine, none_fine, save_pruned
 
-COMMANDS = ("run", "measure", "inspect", "quantize", "vocabulary", "push", "verify")
+COMMANDS = ("run", "prune", "sensitivity", "measure", "inspect", "quantize", "vocabulary", "push", "verify")
+NOT_IN_THE_EPILOG = ("verify", "sensitivity")
 
 _HELP = """
 import contextlib, io, json, sys
@@ -44,10 +45,10 @@ def test_help_teaches_and_imports_nothing_heavy():
     )
     found, heavy = json.loads(done.stdout)
     assert heavy == []
-    assert len(found) == 8 and {status for status, _ in found.values()} == {0}
+    assert len(found) == 10 and {status for status, _ in found.values()} == {0}
     for command, (_, text) in found.items():
         assert re.search(rf"examples?:\n  hfcompress {command}", text), command
-    assert all(f"hfcompress {name} " in found[""][1] or name == "verify" for name in COMMANDS)
+    assert all(f"hfcompress {name} " in found[""][1] or name in NOT_IN_THE_EPILOG for name in COMMANDS)
 
 
 def test_the_installed_command(tmp_path):
@@ -89,6 +90,9 @@ def fail(capsys):
     return run
 
 
+PRUNE = ("prune", "model", "--data", "x.csv", "--output", "x")
+
+
 def test_errors_are_one_line(fail, pruned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     empty = tmp_path / "empty"
@@ -115,12 +119,40 @@ def test_errors_are_one_line(fail, pruned, tmp_path, monkeypatch):
         ("measure", pruned, "--batch", "0"): "'0' is not allowed: must be a whole number of 1 or more",
         ("measure", pruned, "--batch", "many"): "'many' is not allowed: must be a whole number of 1 or more",
         ("measure", pruned, "--rounds", "2"): "measure.rounds",
+        ("prune", pruned, "--data", recipe, "--output", "x"): "one of the arguments --speedup --latency-ms --sparsity",
+        ("prune", pruned, "--speedup", "2", "--output", "x"): "required: --data; see hfcompress prune --help",
+        ("prune", pruned, "--speedup", "2", "--data", recipe): "required: --output; see hfcompress prune --help",
+        (*PRUNE, "--speedup", "2", "--flops", "0.5"): "argument --flops: not allowed with argument --speedup",
+        (*PRUNE, "--speedup", "fast"): "argument --speedup: 'fast' is not allowed: must be a number",
+        (
+            *PRUNE,
+            "--speedup",
+            "0.5",
+        ): "prune.target.speedup: 0.5 is not allowed: input should be greater than or equal to 1",
+        (*PRUNE, "--speedup", "nan"): "prune.target.speedup: nan is not allowed",
+        (*PRUNE, "--sparsity", "1"): "prune.target.sparsity: 1.0 is not allowed: input should be less than 1",
+        (*PRUNE, "--parameters", "0"): "prune.target.parameters: 0.0 is not allowed: input should be greater than 0",
+        (*PRUNE, "--max-drop", "-1"): "prune.target.max_drop: -1.0 is not allowed",
+        (*PRUNE, "--speedup", "2", "--criterion", "obss"): "'obss' is not allowed; did you mean obs? Allowed: 'obs', ",
+        (*PRUNE, "--speedup", "2", "--units", "hats"): "argument --units: invalid choice: 'hats'",
+        (*PRUNE, "--speedup", "2", "--samples", "0"): "'0' is not allowed: must be a whole number of 1 or more",
+        (
+            *PRUNE,
+            "--speedup",
+            "2",
+            "--uniform",
+            "--units",
+            "layers",
+        ): "uniform and units: layers cannot be had together",
+        ("prune", "./nowhere", "--data", "x.csv", "--output", "x", "--speedup", "2"): "nowhere",
+        ("sensitivity", pruned): "required: --data; see hfcompress sensitivity --help",
+        ("sensitivity", pruned, "--data", "x.csv", "--criterion", "obss"): "did you mean obs?",
         ("compress",): "invalid choice: 'compress'",
         (): "required: COMMAND",
     }
     for arguments, text in said.items():
         assert text in fail(*arguments), arguments
-    assert len(said) == 21
+    assert len(said) == 38
     assert {path.name for path in tmp_path.iterdir()} == {"pruned", "empty", "recipe.yaml"}, "something was written"
 
 

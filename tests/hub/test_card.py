@@ -11,9 +11,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import hfcompress
+from hfcompress.anatomy import drop_layers
 from hfcompress.checkpoints.record import add_step
+from hfcompress.config import PruneConfig
 from hfcompress.hub import RouteCheck, write_card
 from hfcompress.hub.card import PICTURE_FILE, RESULTS_FILE
+from hfcompress.pruning import Plan, cut
 from tests.families import make_model
 from tests.hub.folders import row, save_pruned, write_results
 
@@ -208,3 +211,27 @@ def test_images_have_no_length_and_other_metrics_no_percent(pruned):
     write_results(pruned, rows=[picture_row])
     text = write_card(pruned).read_text()
     assert "latency, ms (batch 32)" in text and "| x | 0.5000 [0.4790, 0.5190] |" in text
+
+
+def test_layers_and_features_that_are_left(tmp_path):
+    model = make_model("bert", "AutoModelForSequenceClassification")
+    cut(model, Plan({"encoder.2.heads": (0,)}, {"encoder": (0, 2)}, tuple(range(24))))
+    add_step(model.config, "prune", **PRUNED)
+    model.save_pretrained(tmp_path)
+    text = ModelCard.load(write_card(tmp_path)).text
+    assert "1 of 4 heads are left. 2 of 3 layers are left. The hidden states have 24 of 32 features left." in text
+    assert "encoder.gone 1" in text and "1.52x measured for 1.50x, and cut." in text
+    both = make_model("bart", "AutoModelForSeq2SeqLM")
+    drop_layers(both, {"encoder": (0, 2), "decoder": (1,)})
+    both.save_pretrained(tmp_path / "both")
+    text = ModelCard.load(write_card(tmp_path / "both")).text
+    assert "1 of 2 layers in decoder and 2 of 3 layers in encoder are left." in text and "features left" not in text
+
+
+PRUNED = {
+    "settings": {**PruneConfig(target={"speedup": 1.5}).model_dump(), "schedule": None},
+    "sparsity": 0.4321,
+    "reached": [{"goal": 0, "speedup": 1.52, "latency_ms": 3.0, "wanted": 1.5}],
+    "units": {"encoder.1.heads": [1, 4]},
+    "optimizer_steps": 0,
+}

@@ -135,7 +135,9 @@ def test_what_cannot_be_reached_is_said_at_once():
         ValueError, match=r"max_drop needs a model's score .*`hfcompress prune --max-drop`, or give a list"
     ):
         Pruner(model, configure(target={"max_drop": 1.0}), total_steps=2)
-    with pytest.raises(ValueError, match=r"the criterion obs and repair need examples .*; give calibration batches, or"):
+    with pytest.raises(
+        ValueError, match=r"the criterion obs and repair need examples .*; give calibration batches, or"
+    ):
         Pruner(model, configure(criterion="obs"), total_steps=2)
 
 

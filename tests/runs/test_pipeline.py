@@ -296,3 +296,103 @@ def test_a_teacher_on_the_hub_is_quantized_with_its_tokenizer(finished, material
     assert quantized == [(tmp_path / "run" / "teacher", "int8")]
     for name in ("teacher", "student-int8"):
         assert (Path(tmp_path) / "run" / name / "tokenizer.json").is_file()
+
+
+# ---- several targets in one run ----
+
+GOALS = {
+    "target": {"flops": [0.96, 0.93, 0.9], "length": 8, "max_drop": 3.0},
+    "units": ["neurons"],
+    "schedule": {"start": 0.0, "end": 1.0, "updates": 1},
+    "criterion": {"name": "obs", "samples": 16},
+    "multiple_of": {"neurons": 1},
+    "at_least": {"neurons": 1},
+}
+
+
+def measured(scores):
+    """Stands in for the process that measures: scores and speeds by name."""
+
+    def measure(self, models):
+        rows = []
+        for (name, folder), (value, speed) in zip(models.items(), scores, strict=True):
+            more = {} if not rows else {"speedup": {"median": speed}, "layers_speedup": {"median": speed}}
+            rows.append(row(name, folder.name, value, **more))
+        (self.output / "results.json").write_text(json.dumps({"rows": rows, "data": {"name": "films.csv"}}))
+        return rows
+
+    return measure
+
+
+def test_a_run_with_several_targets_leaves_a_model_at_each(finished, material, tmp_path, monkeypatch, capsys):
+    done, _ = finished
+    recipe = recipe_for(
+        material,
+        tmp_path / "run",
+        model=None,
+        teacher={"name": str(done / "teacher")},
+        quantize={"presets": ["int8"]},
+        distill=None,
+        prune=GOALS,
+    )
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    scores = [(0.90, 1.0), (0.91, 1.2), (0.88, 1.6), (0.85, 2.0), (0.89, 0.5)]
+    monkeypatch.setattr(Run, "measure", measured(scores))
+    rows = run_recipe(recipe, command="x")
+    output = tmp_path / "run"
+    names = ["teacher", "pruned flops 0.96", "pruned flops 0.93", "pruned", "pruned + int8"]
+    assert [entry["name"] for entry in rows] == names
+    folders = ["student-flops-0.96", "student-flops-0.93", "student", "student-int8"]
+    assert [entry["folder"] for entry in rows[1:]] == folders
+    sizes = []
+    for number, name in enumerate(folders[:3]):
+        model = hfcompress.load(output / name)
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+        [step] = read_steps(model.config)
+        assert step["optimizer_steps"] == 2 * (number + 1)
+        assert ModelCard.load(output / name / "README.md").data.model_name == f"run-{name}"
+        assert {"tokenizer.json", "hfcompress_probe.safetensors"} <= {path.name for path in (output / name).iterdir()}
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    assert (output / "tradeoff.png").stat().st_size > 5000
+    said = capsys.readouterr().err
+    # Of those that lose no more than 3 points the second is fastest; the third is faster and loses 5.
+    assert f"The fastest that loses at most 3.0: {output / 'student-flops-0.93'} (1.60x, 2.00 lost)" in said
+    # Started again, nothing is trained; with --restart all of it goes.
+    monkeypatch.setattr("hfcompress.runs.pipeline.PruningTrainer", no_training)
+    assert run_recipe(recipe, command="x") == rows
+    other = recipe_for(material, output, prune={**GOALS, "target": {"sparsity": 0.5}})
+    Run(other, command="x", restart=True)
+    assert {path.name for path in output.iterdir()} == {"recipe.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([0.90, 0.80, 0.86], "No model loses 3.0 points or less; the least is lost by pruned"),
+        ([0.90, 0.88, 0.95], "The fastest that loses at most 3.0: small (2.50x, -5.00 lost)"),
+    ],
+)
+def test_which_model_is_chosen(scores, said, material, tmp_path, capsys):
+    target = {"speedup": 2.0, "max_drop": 3.0}
+    run = Run(recipe_for(material, tmp_path / "run", prune={"target": target}), command="x")
+    rows = [row("teacher", "teacher", scores[0])]
+    rows += [
+        row(name, name, value, speedup={"median": speed})
+        for name, value, speed in zip(("middle", "pruned"), scores[1:], (1.5, 2.5), strict=True)
+    ]
+    run._choose(rows, {"middle": Path("large"), "pruned": Path("small")})
+    assert said in capsys.readouterr().err
+    plain = Run(recipe_for(material, tmp_path / "other"), command="x")
+    plain._choose(rows, {})
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bound_alone_is_looked_for_among_customary_speeds(material, tmp_path):
+    run = Run(recipe_for(material, tmp_path / "run", prune={"target": {"max_drop": 1.0}}), command="x")
+    target = run.recipe.prune.target
+    assert (target.goals, target.max_drop, target.quantity) == ([1.5, 2.0, 3.0, 4.0], 1.0, "speedup")
+    again = Run(recipe_for(material, tmp_path / "run", prune={"target": {"max_drop": 1.0}}), command="x")
+    assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml") == again.recipe, "the same recipe is welcome"
+    assert list(run._goal_folders()) == ["pruned 1.5x", "pruned 2x", "pruned 3x"]
+    with pytest.raises(RecipeError, match="cut: end"):
+        Run(recipe_for(material, tmp_path / "x", prune={"target": {"max_drop": 1.0}, "cut": "end"}), command="x")

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 
 import hfcompress
+from hfcompress.anatomy import find_sites
 from tests.training.scenarios import (
     GRADIENT_CASES,
     GRADIENT_TRAINERS,
@@ -41,8 +42,8 @@ LAYERED = {
     **EXAMPLES,
     "prune": {
         "target": {"parameters": [0.8, 0.4], "scope": "layers"},
-        "units": ["layers", "neurons", "heads"],
-        "at_least": {"heads": 2, "neurons": 40},
+        "units": ["layers", "neurons"],
+        "at_least": {"neurons": 40},
     },
 }
 
@@ -56,8 +57,6 @@ COMPARED: dict[str, dict[str, Any]] = {
     "vit-end": {**VIT, **DESCENT, "cut": "end"},
     "llama": {"family": "llama", "task": "causal", **DESCENT},
     "bert-learned": {"family": "bert", "task": "sequence", **LEARNED, **DESCENT},
-    "bert-obs": {**WIDE, **DESCENT, **EXAMPLES, "hidden": 0.0, "per_device_eval_batch_size": 8},
-    "vit-layers": {**VIT, **DESCENT, **LAYERED, "hidden": 0.0, "per_device_eval_batch_size": 8},
     "plain": {"trainer": "PlainTrainer", **DESCENT},
 }
 JOBS: dict[str, dict[str, Any]] = {
@@ -66,8 +65,10 @@ JOBS: dict[str, dict[str, Any]] = {
     "bert-resumed": {**WIDE, **SAVING, "resume_job": "bert-saved/checkpoint-2"},
     "vit-saved": {**VIT, **SAVING, "cut": "end"},
     "vit-resumed": {**VIT, **SAVING, "cut": "end", "resume_job": "vit-saved/checkpoint-2"},
-    "layers-saved": {**VIT, **SAVING, **LAYERED, "hidden": 0.0},
-    "layers-resumed": {**VIT, **SAVING, **LAYERED, "hidden": 0.0, "resume_job": "layers-saved/checkpoint-4"},
+    # Which answers are drawn depends on how the examples are shared out, so this is not what one process does.
+    "bert-obs": {**WIDE, **DESCENT, **EXAMPLES},
+    "layers-saved": {**VIT, **SAVING, **LAYERED},
+    "layers-resumed": {**VIT, **SAVING, **LAYERED, "resume_job": "layers-saved/checkpoint-4"},
     "learned-saved": {**VIT, **SAVING, **LEARNED},
     "learned-resumed": {**VIT, **SAVING, **LEARNED, "resume_job": "learned-saved/checkpoint-2"},
     "best": {
@@ -178,11 +179,14 @@ def test_both_processes_end_with_the_same_model(two: Path, job: str) -> None:
         assert found["same_teacher"] and not found["teacher"]["training"]
         assert found["teacher"]["type"].endswith(("Classification", "CausalLM")), "the teacher is wrapped"
     if JOBS[job].get("trainer") is None:
-        assert found["units"] == model.config.hfcompress["units"] and len(found["units"]) > 2
+        assert model.config.hfcompress.get("units") in (found["units"], None)  # None if the plain config says it
+        left = {site.name: site.units for site in find_sites(model)}
+        assert {name: pair[0] for name, pair in found["units"].items()}.items() <= left.items()
+        assert len(found["units"]) > 2 or job.startswith("layers")
 
 
 def test_the_jobs_cover_what_they_should() -> None:
-    assert len(TRAINED) == 17 and len(JOBS) == 19 + 7 * 3 * 2
+    assert len(TRAINED) == 20 and len(JOBS) == 22 + 7 * 3 * 2
 
 
 def test_without_a_new_reducer_the_processes_drift_apart(two: Path) -> None:
@@ -239,7 +243,16 @@ def test_each_process_with_its_own_mean_if_that_is_asked_for(two: Path) -> None:
 # ---- checkpoints ----
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit", "learned"])
+def test_layers_that_go_are_the_same_on_both_and_every_goal_is_left(two: Path) -> None:
+    final = hfcompress.load(two / "layers-saved" / "final")
+    assert final.config.hfcompress["layers"] == {"encoder": [1, 3]}
+    goal = hfcompress.load(two / "layers-saved" / "parameters-0.8")
+    assert goal.config.hfcompress["layers"] == {"encoder": [2, 3]}
+    assert [step["step"] for step in goal.config.hfcompress["steps"]] == ["prune", "distill"]
+    assert goal.config.hfcompress["steps"][0]["optimizer_steps"] == 3
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "learned", "layers"])
 def test_resuming_on_two_processes_is_exact_to_the_bit(two: Path, kind: str) -> None:
     assert facts(two, f"{kind}-resumed")["same_weights"]
     assert torch.equal(weights(two, f"{kind}-resumed"), weights(two, f"{kind}-saved"))

@@ -233,7 +233,9 @@ def test_importance_is_the_mean_squared_gradient_of_gates(tmp_path: Path, family
     trainer.train()
     assert len(gates.steps) == 3 and collected == [1.0, 2.0, 3.0]
     kept = {"squares": torch.square, "sums": lambda gradient: gradient}
-    assert set(seen[2]) == {f"importance.{key}.{site}" for site in gates.steps[0] for key in kept} and len(seen[2]) == 12
+    assert (
+        set(seen[2]) == {f"importance.{key}.{site}" for site in gates.steps[0] for key in kept} and len(seen[2]) == 12
+    )
     for name in gates.steps[0]:
         for key, function in kept.items():
             expected = torch.stack([function(step[name]) for step in gates.steps]).mean(0)
@@ -451,7 +453,13 @@ def test_what_cannot_be_pruned(tmp_path: Path) -> None:
     assert trainer.pruner.done
     movement = {**early, "criterion": "movement"}
     refused(ValueError, "movement adds up gradients of many optimizer steps", lambda: prune(tmp_path, prune=movement))
-    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "tpu_short_seq_length": 8}
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "intermediate_size": 8,
+        "tpu_short_seq_length": 8,
+    }
     fnet = FNetForSequenceClassification(FNetConfig(**sizes))
     refused(StructureError, "model_type 'fnet'", lambda: prune(tmp_path, model=fnet))
 
@@ -473,3 +481,161 @@ def test_a_bare_recipe_has_sensible_defaults(tmp_path: Path) -> None:
     trainer = PruningTrainer(model=model, args=arguments(tmp_path, max_steps=8), train_dataset=data)
     trainer.train()
     assert 0.5 <= trainer.pruner.sparsity() < 0.62
+
+
+# ---- examples, goals, layers ----
+
+EXAMPLES = {"criterion": {"name": "obs", "samples": 12}}
+LAYERED = {"target": {"parameters": [0.8, 0.4], "scope": "layers"}, "units": ["layers", "neurons"]}
+LAYERED |= {"at_least": {"neurons": 40}}
+
+
+@pytest.mark.parametrize("family", RUNS)
+def test_the_second_order_criterion_does_not_care_how_a_step_is_split(tmp_path: Path, family: str) -> None:
+    descent = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "per_device_eval_batch_size": 4}
+    runs = [
+        prune(
+            tmp_path,
+            family=family,
+            task=RUNS[family],
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=8 // batch,
+            **EXAMPLES,
+            **descent,
+        )[1]
+        for batch in (8, 2)
+    ]
+    assert runs[0].config.hfcompress["units"] == runs[1].config.hfcompress["units"]
+    torch.testing.assert_close(vector(runs[0]), vector(runs[1]), rtol=1e-3, atol=1e-4)
+    dense, (total, chunk) = vector(build(family, RUNS[family], seed=0)).numel(), prunable(family)
+    assert 0.5 * total <= dense - vector(runs[0]).numel() < 0.5 * total + chunk
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["bert", "vit", "llama"])
+def test_repair_keeps_more_of_the_model(tmp_path: Path, family: str, precision: str) -> None:
+    data = Examples(family, RUNS[family])
+    batch = data.batch(*range(12))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        before = build(family, RUNS[family], seed=0).eval()(**batch).logits
+    lost = {}
+    for repair in (False, True):
+        schedule = {"name": "linear", "start": 0.0, "end": 0.5, "updates": 2}
+        options = {**EXAMPLES, "prune": {"repair": repair, "schedule": schedule}, "learning_rate": 0.0, "dropout": 0.1}
+        options |= {"bf16": True} if precision == "bfloat16" else {}
+        _, model = prune(tmp_path, family=family, task=RUNS[family], sparsity=0.4, data=data, **options)
+        assert model.training, "repair leaves the mode as it was"
+        with torch.no_grad():
+            now = model.eval()(**batch).logits.float()
+        real = (labels != -100).unsqueeze(-1) if labels.dim() == 2 else torch.ones(())
+        lost[repair] = float(((now - before) * real).square().mean())
+    assert 0 < lost[True] < 0.8 * lost[False]
+
+
+def test_examples_are_a_random_choice_of_the_training_data(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, trainer=PruningTrainer, n=40, **EXAMPLES, per_device_eval_batch_size=5)
+    found = trainer._calibration_batches()
+    assert [len(batch["input_ids"]) for batch in found] == [5, 5, 2] and "labels" in found[0]
+    everything = [tuple(row["input_ids"].tolist()) for row in trainer.train_dataset.rows]
+    chosen = [everything.index(tuple(ids.tolist())) for batch in found for ids in batch["input_ids"]]
+    assert len(set(chosen)) == 12 and chosen != list(range(12))
+    again = make_trainer(tmp_path, trainer=PruningTrainer, n=40, **EXAMPLES, per_device_eval_batch_size=5)
+    assert torch.equal(again._calibration_batches()[0]["input_ids"], found[0]["input_ids"])
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(Examples("bert", "sequence", 16).rows)
+
+    refused(
+        ValueError,
+        "looks at examples by number, which a streamed dataset does not have; use first_order with repair: false",
+        lambda: prune(tmp_path, data=Stream(), **EXAMPLES),
+    )
+
+
+@pytest.mark.parametrize(("family", "criterion"), [("bert", "first_order"), ("llama", "first_order"), ("vit", "obs")])
+def test_one_run_leaves_a_model_at_each_target(tmp_path: Path, family: str, criterion: str) -> None:
+    goals = [0.2, 0.35, 0.5]
+    section = {"target": {"sparsity": goals}, "schedule": {"start": 0.1, "end": 0.9, "updates": 2}}
+    sizes = Sizes()
+    trainer, model = prune(
+        tmp_path,
+        family=family,
+        task=RUNS[family],
+        criterion={"name": criterion, "samples": 12},
+        prune=section,
+        max_steps=12,
+        given={"callbacks": [sizes]},
+    )
+    assert {goal: folder.name for goal, folder in trainer.goal_folders.items()} == {
+        0.2: "sparsity-0.2",
+        0.35: "sparsity-0.35",
+    }
+    dense, (total, chunk) = vector(build(family, RUNS[family], seed=0)).numel(), prunable(family)
+    for number, goal in enumerate(goals):
+        saved = hfcompress.load(trainer.goal_folders[goal]) if goal != 0.5 else model
+        removed = dense - vector(saved).numel()
+        assert goal * total <= removed < goal * total + chunk
+        [step] = saved.config.hfcompress["steps"]
+        assert step["optimizer_steps"] == 4 * (number + 1) and step["sparsity"] == pytest.approx(
+            removed / total, abs=1e-6
+        )
+        assert step["settings"]["target"]["sparsity"] == goals
+        # What is saved is the model as it was after that step, which then went on.
+        assert torch.equal(vector(saved), sizes.weights[4 * (number + 1)])
+    assert not torch.equal(sizes.weights[4][-20:], sizes.weights[5][-20:])
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    state = trainer.optimizer.state_dict()["state"]
+    assert all(int(entry["step"]) == 12 for entry in state.values()) and len(state) == len(held)
+    assert trainer.pruner.done and trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "vit", "gpt2"])
+def test_layers_go_while_the_others_train_and_learn_from_the_teacher(tmp_path: Path, family: str) -> None:
+    sizes = Sizes()
+    options = {"family": family, "task": RUNS[family], "prune": LAYERED, "hidden": 0.5, "optim": "adamw_torch"}
+    trainer, model = compress(tmp_path, max_steps=8, **EXAMPLES, given={"callbacks": [sizes]}, **options)
+    ((left, before),) = model.config.hfcompress["layers"].values()
+    assert (left, before) == (1, 3) and len(set(sizes.parameters)) > 2
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    assert len(trainer.optimizer.state_dict()["state"]) == len(held)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert not torch.equal(sizes.weights[-2], sizes.weights[-1])
+    assert trainer._layer_pairs == ((0, 2),), "the last layer that is left is compared with the teacher's last"
+    trainer.save_model(str(tmp_path / "final"))
+    again = hfcompress.load(tmp_path / "final")
+    batch = trainer.eval_dataset.batch(*range(4))
+    batch.pop("labels")
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+    goal = hfcompress.load(trainer.goal_folders[0.8])
+    ((middle, _),) = goal.config.hfcompress["layers"].values()
+    assert middle == 2
+
+
+def test_what_does_not_go_with_layers(tmp_path: Path) -> None:
+    numbered = {"hidden": {"weight": 1.0, "layers": [[0, 0], [2, 2]]}}
+    refused(
+        ValueError,
+        "names layers by their number, which changes while prune.units: layers drops some; use all or last",
+        lambda: compress(tmp_path, prune=LAYERED, distill=numbered),
+    )
+    refused(
+        ValueError,
+        "hidden states of 32 and 64 features are compared through a projection .* set distill.hidden.weight to 0",
+        lambda: compress(tmp_path, prune=LAYERED, hidden=0.5, teacher_width=64),
+    )
+    _, model = compress(tmp_path, prune=LAYERED, distill={"hidden": {"weight": 1.0, "layers": "last"}}, **EXAMPLES)
+    assert model.config.hfcompress["layers"]
+
+
+def test_a_narrow_student_learns_through_projections_of_its_real_width(tmp_path: Path) -> None:
+    student = build("bert", "sequence", seed=0)
+    hfcompress.cut(student, hfcompress.Plan({}, {}, tuple(range(20))))
+    assert student.config.hidden_size == 32, "the config says what there was before"
+    trainer, _ = compress(tmp_path, model=student, hidden=1.0, prune={"units": ["neurons"]}, sparsity=0.1)
+    assert {(p.in_features, p.out_features) for p in trainer._projections.values()} == {(20, 32)}
+    assert len(trainer._projections) == 3
