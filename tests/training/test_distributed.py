@@ -181,8 +181,8 @@ def test_both_processes_end_with_the_same_model(two: Path, job: str) -> None:
     if JOBS[job].get("trainer") is None:
         assert model.config.hfcompress.get("units") in (found["units"], None)  # None if the plain config says it
         left = {site.name: site.units for site in find_sites(model)}
-        assert {name: pair[0] for name, pair in found["units"].items()}.items() <= left.items()
-        assert len(found["units"]) > 2 or job.startswith("layers")
+        assert {name: pair[0] for name, pair in (found["units"] or {}).items()}.items() <= left.items()
+        assert job.startswith("layers") or len(found["units"]) > 2
 
 
 def test_the_jobs_cover_what_they_should() -> None:
