@@ -294,7 +294,7 @@ class DistillationMixin(ExactTrainerMixin):
         add_step(
             model.config,
             "distill",
-            teacher=str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__),  # type: ignore[union-attr]
+            teacher=_name_of(teacher),
             settings=self.distill.model_dump(),
             optimizer_steps=self.state.global_step,
         )

@@ -111,7 +111,7 @@ def test_a_teacher_by_path(tmp_path: Path, kind: type) -> None:
     other = distil(tmp_path / "run", teacher=live)
     other.train()
     assert torch.equal(vector(trainer.model), vector(other.model))
-    assert trainer.model.config.hfcompress["steps"][0]["teacher"] == str(tmp_path / "teacher")
+    assert trainer.model.config.hfcompress["steps"][0]["teacher"] == "teacher"  # not where it is
 
 
 def test_the_student_becomes_like_the_teacher(tmp_path: Path) -> None:
