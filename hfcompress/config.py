@@ -143,7 +143,7 @@ class Target(Section):
         batch: Examples in a batch when time is measured; by default as in the recipe's `measure`.
         length: Tokens per example; by default as in `measure`.
         threads: CPU threads; by default as in `measure`.
-        device: "auto" is where the model is.
+        device: Where time is measured, which has to be where the model is; "auto" asks for nothing.
         scope: What is timed and counted: the whole "model", or only its transformer "layers" (without embeddings and head).
     """
 

@@ -110,6 +110,7 @@ def _costs(model: nn.Module, dense: nn.Module, target: Target, measure: MeasureC
         costs = flops_costs(model, inputs, scope=target.scope)
         return costs, (costs if dense is model else flops_costs(dense, inputs, scope=target.scope)).total({})
     if target.quantity in ("speedup", "latency_ms"):
+        _require_device(model, target)
         inputs = timing_inputs(model, target, measure)
         threads = target.threads if target.threads is not None else measure.threads
         table = measure_latency_table(dense, inputs, threads=threads, scope=target.scope)
@@ -119,6 +120,16 @@ def _costs(model: nn.Module, dense: nn.Module, target: Target, measure: MeasureC
         except TableError:  # its hidden width was cut, so its layers are others
             return measure_latency_table(model, inputs, threads=threads, scope=target.scope).costs(model), whole
     raise ValueError(f"{target.quantity} has no budget of its own; it is looked for along a list of speedups")
+
+
+def _require_device(model: nn.Module, target: Target) -> None:
+    """Time is measured where the model is; a target for another device cannot be met by that."""
+    here = next(model.parameters()).device
+    if target.device != "auto" and torch.device(target.device).type != here.type:
+        raise ValueError(
+            f"target.device is {target.device}, but the model is on {here}, and time is measured where the model is; "
+            "run on that device, or leave target.device at auto"
+        )
 
 
 def timing_inputs(

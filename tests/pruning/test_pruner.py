@@ -205,6 +205,13 @@ def test_the_plan_is_corrected_until_the_clock_agrees(clock, factor, caplog):
     assert clock["options"] == {"threads": 1, "scope": "model", "shape": (2, 8)}
 
 
+def test_time_is_measured_where_the_model_is():
+    with pytest.raises(
+        ValueError, match=r"target\.device is cuda, but the model is on cpu.* leave target\.device at auto"
+    ):
+        prune(make(), target={"speedup": 2.0, "device": "cuda"})
+
+
 def test_milliseconds_are_compared_with_milliseconds(clock):
     clock["factor"] = 1.2
     dense_ms = FakeTable(make()).costs(make()).total({})
