@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from hfcompress.measurement.latency_table import TableError, measure_latency_tab
 from hfcompress.pruning.plan import Plan, original_units
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Budget:
 
     def without_layers(self, names: Mapping[str, str | None]) -> Budget:
         """After layers went: layer name to its new one, None for those that are gone."""
-        return dataclasses.replace(self, costs=renamed_costs(self.costs, names))
+        fixed = {names.get(layer, layer): cost for layer, cost in self.costs.fixed.items()}
+        kept = {layer: cost for layer, cost in fixed.items() if layer is not None}
+        costs = dataclasses.replace(self.costs, fixed=kept, sites=rename_sites(self.costs.sites, names))
+        return dataclasses.replace(self, costs=costs)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data."""
@@ -57,23 +62,24 @@ class Budget:
         return cls(Costs.from_dict(values["costs"]), float(values["dense"]), tuple(values["goals"]))
 
 
-def renamed_costs(costs: Costs, names: Mapping[str, str | None]) -> Costs:
-    """Costs after layers were renumbered or dropped (None)."""
+def rename_sites(values: Mapping[str, _T], names: Mapping[str, str | None]) -> dict[str, _T]:
+    """What is known of sites, after layers were renumbered or dropped.
 
-    def renamed(old: Mapping[str, Any], layer_of: Any) -> dict[str, Any]:
-        fresh = {}
-        for key, value in old.items():
-            layer, rest = layer_of(key)
-            target = names.get(layer, layer)
-            if target is not None:
-                fresh[target + rest] = value
-        return fresh
+    Args:
+        values: By site name.
+        names: Layer name to its new one, None for those that are gone; layers not named keep theirs.
 
-    return dataclasses.replace(
-        costs,
-        fixed=renamed(costs.fixed, lambda key: (key, "")),
-        sites=renamed(costs.sites, lambda key: (key.rpartition(".")[0], "." + key.rpartition(".")[2])),
-    )
+    Example:
+        >>> rename_sites({"encoder.0.heads": 4, "encoder.1.heads": 6}, {"encoder.0": None, "encoder.1": "encoder.0"})
+        {'encoder.0.heads': 6}
+    """
+    fresh = {}
+    for key, value in values.items():
+        layer, _, role = key.rpartition(".")
+        target = names.get(layer, layer)
+        if target is not None:
+            fresh[f"{target}.{role}"] = value
+    return fresh
 
 
 def make_budget(model: nn.Module, target: Target, *, measure: MeasureConfig) -> Budget:

@@ -19,7 +19,7 @@ from hfcompress.calibration import Batch
 from hfcompress.config import MeasureConfig, MultipleOf, PruneConfig
 from hfcompress.measurement.latency_table import fast_multiple
 from hfcompress.pruning.allocation import BudgetError, alike, allocate, counts_allowed
-from hfcompress.pruning.budgets import Budget, Stopwatch, dense_parameters, kept_units, make_budget
+from hfcompress.pruning.budgets import Budget, Stopwatch, dense_parameters, kept_units, make_budget, rename_sites
 from hfcompress.pruning.criteria import CRITERIA
 from hfcompress.pruning.curves import Curve
 from hfcompress.pruning.gates import Gates, gate_gradients
@@ -109,6 +109,7 @@ class Pruner:
         batches: Gives calibration batches (of this process), where the criterion or repair needs them.
         budget: What the target means for the model, if it is known already (it may have to be measured).
         measure: What the target does not say about how time is measured.
+        curves: What `rank_units` gave for the model as it is, if it was ranked before; the first update uses them.
 
     Raises:
         BudgetError: The target cannot be reached under the recipe's constraints.
@@ -137,6 +138,7 @@ class Pruner:
         batches: Callable[[], Sequence[Batch]] | None = None,
         budget: Budget | None = None,
         measure: MeasureConfig | None = None,
+        curves: dict[str, Curve] | None = None,
     ) -> None:
         if not config.target.goals:
             raise ValueError(
@@ -153,7 +155,7 @@ class Pruner:
         self.learned: LearnedGates | None = None
         self.reached: list[dict[str, Any]] = []
         self._once = once or (lambda function: function())
-        self._mean, self._batches = mean, batches
+        self._mean, self._batches, self._ranked = mean, batches, curves
         self._measure = measure or MeasureConfig()
         self._learns = config.criterion.name == "learned"
         self._needs = None if self._learns else CRITERIA[config.criterion.name].needs
@@ -311,9 +313,9 @@ class Pruner:
         Raises:
             BudgetError: What is due cannot be reached.
         """
-        due = [update for update in self._due if self._last_step < update.step <= step]
         if self._learns:
             return self._learn(step)
+        due = [update for update in self._due if self._last_step < update.step <= step]
         self._last_step = step
         if not due:
             return []
@@ -385,14 +387,16 @@ class Pruner:
 
     def _rank(self, batches: Sequence[Batch] | None) -> dict[str, Curve]:
         """The curve of every site with units, the same on all processes."""
-        curves = rank_units(
-            self.model,
-            self.config.criterion.name,
-            batches,
-            seed=self.seed,
-            collected=self._collected_evidence(),
-            reduce=self._mean,
-        )
+        curves, self._ranked = self._ranked, None
+        if curves is None:
+            curves = rank_units(
+                self.model,
+                self.config.criterion.name,
+                batches,
+                seed=self.seed,
+                collected=self._collected_evidence(),
+                reduce=self._mean,
+            )
         curves = self._once(lambda: curves)
         if self.gates is not None:
             curves = {name: self._closed_first(name, curve) for name, curve in curves.items()}
@@ -552,8 +556,8 @@ class Pruner:
         fresh = {names[layer]: timed for layer, timed in self._timed.items()}
         self._timed = {layer: timed for layer, timed in fresh.items() if layer is not None}
         self._droppable = self._find_droppable()
-        self.original = _renamed(self.original, names)
-        self._importance = _renamed(self._importance, names)
+        self.original = rename_sites(self.original, names)
+        self._importance = rename_sites(self._importance, names)
 
     def _close(self, plan: Plan, *, last: bool) -> list[Change]:
         if self.gates is None:
@@ -705,14 +709,3 @@ def fit_to_device(config: PruneConfig, model: nn.Module) -> PruneConfig:
     device = next(model.parameters()).device
     multiple_of = config.multiple_of.model_copy(update={"neurons": fast_multiple(device)})
     return config.model_copy(update={"multiple_of": multiple_of})
-
-
-def _renamed(values: dict[str, Any], names: dict[str, str | None]) -> dict[str, Any]:
-    """The entries of the layers that are left, under their new names."""
-    fresh = {}
-    for key, value in values.items():
-        layer, _, role = key.rpartition(".")
-        target = names.get(layer, layer)
-        if target is not None:
-            fresh[f"{target}.{role}"] = value
-    return fresh

@@ -88,7 +88,7 @@ def measure_folders(folders: Mapping[str, Path], rate: Rate | None, config: Meas
     Returns:
         Rows of JSON-able data.
     """
-    device = _device(config.device)
+    device = device_of(config.device)
     models = {name: _on(load(folder), device) for name, folder in folders.items()}
     first = next(iter(models.values()))
     inputs = example_inputs(first, batch=config.batch, length=config.length if _reads_tokens(first) else None)
@@ -120,7 +120,8 @@ def measure_folders(folders: Mapping[str, Path], rate: Rate | None, config: Meas
     return rows
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that a recipe names; "auto" is the GPU if there is one."""
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -31,9 +31,10 @@ from hfcompress.hub import push_folder, save_probe, verify_folder, write_card
 from hfcompress.hub.card import RESULTS_FILE, read_results
 from hfcompress.hub.picture import save_tradeoff_picture
 from hfcompress.hub.verify import VerificationError
-from hfcompress.measurement import provenance
+from hfcompress.measurement import Metric, provenance
 from hfcompress.quantization import quantize
 from hfcompress.runs.arguments import training_arguments
+from hfcompress.runs.examples import drop
 from hfcompress.runs.processors import copy_processor
 from hfcompress.tasks import PreparedTask, prepare
 from hfcompress.training import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer
@@ -161,16 +162,14 @@ class Run:
         target = self._target()
         if target is None or target.max_drop is None:
             return
-        dense = rows[0]["metric"]["value"]
-        within = [row for row in rows[1:] if 100 * (dense - row["metric"]["value"]) <= target.max_drop]
+        lost = {row["name"]: drop(Metric(**rows[0]["metric"]), Metric(**row["metric"])) for row in rows[1:]}
+        within = [row for row in rows[1:] if lost[row["name"]] <= target.max_drop]
         if not within:
             self._say(f"No model loses {target.max_drop} points or less; the least is lost by {_least(rows)['name']}")
             return
         best = max(within, key=lambda row: row["speedup"]["median"])
-        lost, speed = 100 * (dense - best["metric"]["value"]), best["speedup"]["median"]
-        self._say(
-            f"The fastest that loses at most {target.max_drop}: {models[best['name']]} ({speed:.2f}x, {lost:.2f} lost)"
-        )
+        facts = f"{best['speedup']['median']:.2f}x, {lost[best['name']]:.2f} lost"
+        self._say(f"The fastest that loses at most {target.max_drop}: {models[best['name']]} ({facts})")
 
     def prepare(self) -> PreparedTask:
         """Read and encode the data."""

@@ -22,8 +22,8 @@ from hfcompress.hub import save_probe, verify_folder, write_card
 from hfcompress.hub.card import RESULTS_FILE
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import Metric, provenance
-from hfcompress.pruning import BudgetError, Pruner, Sensitivity, measure_sensitivity, rank_units
-from hfcompress.runs.evaluation import measure_folders
+from hfcompress.pruning import BudgetError, Curve, Pruner, Sensitivity, measure_sensitivity, rank_units
+from hfcompress.runs.evaluation import device_of, measure_folders
 from hfcompress.runs.examples import Examples, drop, read_examples
 from hfcompress.runs.processors import copy_processor
 
@@ -48,7 +48,13 @@ class Pruned:
 
 
 def prune_once(
-    model: nn.Module, config: PruneConfig, batches: list[dict[str, Any]], *, measure: MeasureConfig, seed: int = 0
+    model: nn.Module,
+    config: PruneConfig,
+    batches: list[dict[str, Any]],
+    *,
+    measure: MeasureConfig,
+    seed: int = 0,
+    curves: dict[str, Curve] | None = None,
 ) -> Pruned:
     """Prune a model in place, at once, without training: rank, allocate, verify, cut, repair.
 
@@ -58,15 +64,13 @@ def prune_once(
         batches: Calibration inputs.
         measure: What the target does not say about how time is measured.
         seed: Of everything random.
+        curves: What `rank_units` gave for this model, if it was ranked before.
 
     Raises:
         BudgetError: The target cannot be reached.
         ValueError: There are several targets, or the criterion learns from training.
     """
-    if config.criterion.name in ("learned", "movement"):
-        raise ValueError(
-            f"the criterion {config.criterion.name} needs training (hfcompress run); without it use obs, or another criterion"
-        )
+    refuse_training_criteria(config)
     if len(config.target.goals) != 1:
         raise ValueError(
             f"pruning without training has one target, not {len(config.target.goals)}; give a single number"
@@ -74,7 +78,7 @@ def prune_once(
     schedule = config.schedule.model_copy(update={"name": "constant", "start": 0.0})
     repair = True if config.repair is None else config.repair
     config = config.model_copy(update={"schedule": schedule, "repair": repair, "cut": "gradual"})
-    pruner = Pruner(model, config, total_steps=1, seed=seed, batches=lambda: batches, measure=measure)
+    pruner = Pruner(model, config, total_steps=1, seed=seed, batches=lambda: batches, measure=measure, curves=curves)
     pruner.step(0)
     add_step(
         model.config,
@@ -86,6 +90,18 @@ def prune_once(
         optimizer_steps=0,
     )
     return Pruned(model, config.target.model_dump(exclude_none=True), pruner.reached)
+
+
+def refuse_training_criteria(config: PruneConfig) -> None:
+    """Refuse criteria that only training can feed.
+
+    Raises:
+        ValueError: The criterion learns from training.
+    """
+    if config.criterion.name in ("learned", "movement"):
+        raise ValueError(
+            f"the criterion {config.criterion.name} needs training (hfcompress run); without it use obs, or another criterion"
+        )
 
 
 def prune_within(
@@ -119,6 +135,8 @@ def prune_within(
         raise ValueError("max_drop needs data to score on: give labelled examples (or text for a decoder)")
     dense, _ = examples.rate(model)
     say(f"dense: {dense.name} {dense.value:.4g} (n={dense.n:,})")
+    refuse_training_criteria(config)
+    curves = rank_units(model, config.criterion.name, examples.batches, seed=seed)  # the same for every trial
     best: Pruned | None = None
     low, high = 1.0, fastest
     for trial in range(trials):
@@ -129,7 +147,12 @@ def prune_within(
         candidate = copy.deepcopy(model)
         try:
             pruned = prune_once(
-                candidate, config.model_copy(update={"target": target}), examples.batches, measure=measure, seed=seed
+                candidate,
+                config.model_copy(update={"target": target}),
+                examples.batches,
+                measure=measure,
+                seed=seed,
+                curves=curves,
             )
         except BudgetError as error:
             say(f"{wanted:.2f}x: {error}")
@@ -227,7 +250,7 @@ def _open(source: str, measure: MeasureConfig) -> tuple[nn.Module, torch.dtype]:
     if getattr(model, "quantization_method", None) is not None:
         raise ValueError(f"{source} is quantized, so nothing can be cut from it; prune first and quantize after that")
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return model.float().to(_device(measure.device)).eval(), dtype
+    return model.float().to(device_of(measure.device)).eval(), dtype
 
 
 def _name(source: str) -> str:
@@ -238,12 +261,6 @@ def _name(source: str) -> str:
 def _local(source: str) -> Path:
     """The folder of a model, fetched from the Hub if it is there."""
     return Path(source) if Path(source).is_dir() else Path(snapshot_download(source))
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sensitivity_of(

@@ -38,7 +38,6 @@ from hfcompress.anatomy import drop_layers, find_sites
 from hfcompress.measurement import (
     accuracy,
     compare_latency,
-    count_flops,
     count_parameters,
     device_name,
     example_inputs,
@@ -46,6 +45,7 @@ from hfcompress.measurement import (
     provenance,
     speedup,
 )
+from hfcompress.measurement.costs import flops_costs
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.evaluation import predict
 from hfcompress.tasks import prepare
@@ -198,6 +198,7 @@ def measure(options: argparse.Namespace, teacher: Any, student: Any, task: Any, 
     share = accuracy(ours, labels).value / accuracy(theirs, labels).value
     goal = GOALS[options.task].get(options.target)
     difference = right.astype(float) - before.astype(float)
+    flops = [flops_costs(model, inputs, scope="layers").total({}) for model in (teacher, student)]
     figures = {
         "accuracy": {
             "value": 100 * accuracy(ours, labels).value,
@@ -222,7 +223,7 @@ def measure(options: argparse.Namespace, teacher: Any, student: Any, task: Any, 
             "met": bool(ratio.median >= 0.95 * options.target),
         },
         "speedup_over_flops": {
-            "value": ratio.median / (layer_flops(teacher, inputs) / layer_flops(student, inputs)),
+            "value": ratio.median / (flops[0] / flops[1]),
             "unit": "measured speedup over FLOPs reduction of the layers",
             "spread": None,
             "goal": ">= 0.85" if options.target <= 4 else None,
@@ -250,13 +251,6 @@ def measure(options: argparse.Namespace, teacher: Any, student: Any, task: Any, 
         "parameters": count_parameters(student),
         "figures": figures,
     }
-
-
-def layer_flops(model: Any, inputs: dict[str, torch.Tensor]) -> int:
-    """Operations of the layers alone: those of the model less those of a copy without any."""
-    bare = copy.deepcopy(model)
-    bare.base_model.encoder.layer = torch.nn.ModuleList()
-    return count_flops(model, inputs) - count_flops(bare, inputs)
 
 
 def summarize() -> None:

@@ -32,7 +32,7 @@ from hfcompress.checkpoints.record import read_steps
 from hfcompress.config import DataConfig, MeasureConfig, PruneConfig
 from hfcompress.hub import verify
 from hfcompress.measurement import Metric, count_parameters
-from hfcompress.pruning import BudgetError
+from hfcompress.pruning import BudgetError, rank_units
 from hfcompress.quantization import quantize
 from hfcompress.runs import post_training
 from hfcompress.runs.examples import Examples, drop, perplexity, read_examples
@@ -242,6 +242,10 @@ def test_once(material):
     raw = copy.deepcopy(model)
     prune_once(raw, configure(repair=False), examples.batches, measure=MEASURE)
     assert read_steps(raw.config)[0]["settings"]["repair"] is False
+    ranked = copy.deepcopy(model)  # what was ranked before comes out the same
+    curves = rank_units(model, "obs", examples.batches, seed=0)
+    prune_once(ranked, configure(), examples.batches, measure=MEASURE, curves=curves)
+    assert all(torch.equal(a, b) for a, b in zip(ranked.parameters(), copied.parameters(), strict=True))
     repaired, kept = (m.bert.encoder.layer[1].output.dense.weight for m in (copied, raw))
     assert repaired.shape == kept.shape and not torch.equal(repaired, kept)
 
@@ -253,7 +257,16 @@ class Scale:
         self.tried: list[float] = []
         self.points = points_per_speed
 
-        def once(model: Any, config: PruneConfig, batches: Any, *, measure: Any, seed: int = 0) -> Any:
+        self.ranked: list[dict[str, Any]] = []
+
+        def rank(*_: Any, **__: Any) -> dict[str, Any]:
+            self.ranked.append({})
+            return self.ranked[-1]
+
+        def once(
+            model: Any, config: PruneConfig, batches: Any, *, measure: Any, seed: int = 0, curves: Any = None
+        ) -> Any:
+            assert len(self.ranked) == 1 and curves is self.ranked[0], "one ranking serves every trial"
             wanted = config.target.goals[0]
             assert (
                 config.target.quantity == "speedup"
@@ -267,6 +280,7 @@ class Scale:
             return post_training.Pruned(model, {"speedup": wanted}, [])
 
         monkeypatch.setattr(post_training, "prune_once", once)
+        monkeypatch.setattr(post_training, "rank_units", rank)
 
     def rate(self, model: Any) -> tuple[Metric, None]:
         value = 0.9 - self.points * (getattr(model, "speed", 1.0) - 1) / 100
