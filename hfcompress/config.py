@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -36,7 +37,18 @@ CriterionName = Literal[
     "learned",
 ]
 Preset = Literal["int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
-Task = Literal["text-classification", "image-classification"]
+Task = Literal[
+    "text-classification",
+    "image-classification",
+    "audio-classification",
+    "token-classification",
+    "question-answering",
+    "multiple-choice",
+    "fill-mask",
+    "text-generation",
+    "text2text-generation",
+    "feature-extraction",
+]
 
 
 class RecipeError(ValueError):
@@ -52,55 +64,238 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
+class Ramp(Section):
+    """A number that changes during training.
+
+    Attributes:
+        first: Its value at the start.
+        last: Its value at the end.
+        start: Share of the run before it begins to change, in [0, 1).
+        end: Share of the run after which it stays, in (0, 1].
+        name: "linear" or "cosine".
+
+    Example:
+        >>> ramp = Ramp(first=1.0, last=0.0, end=0.5)
+        >>> [value_at(ramp, progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+        [1.0, 0.5, 0.0, 0.0]
+    """
+
+    first: float = Field(ge=0, allow_inf_nan=False)
+    last: float = Field(ge=0, allow_inf_nan=False)
+    start: float = Field(default=0.0, ge=0, lt=1)
+    end: float = Field(default=1.0, gt=0, le=1)
+    name: Literal["linear", "cosine"] = "linear"
+
+    @model_validator(mode="after")
+    def _order(self) -> Ramp:
+        if self.end <= self.start:
+            raise ValueError(f"end ({self.end}) must be after start ({self.start})")
+        return self
+
+
+def value_at(setting: float | Ramp, progress: float) -> float:
+    """A setting that may change, at a share of the run in [0, 1].
+
+    Example:
+        >>> value_at(0.5, 0.9)
+        0.5
+        >>> value_at(Ramp(first=4.0, last=2.0, name="cosine"), 0.5)
+        3.0
+    """
+    if not isinstance(setting, Ramp):
+        return setting
+    share = min(max((progress - setting.start) / (setting.end - setting.start), 0.0), 1.0)
+    if setting.name == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return setting.first + (setting.last - setting.first) * share
+
+
+def ever_positive(setting: float | Ramp) -> bool:
+    """Whether a weight is above 0 at any time.
+
+    Example:
+        >>> ever_positive(0.0), ever_positive(Ramp(first=0.0, last=1.0))
+        (False, True)
+    """
+    return max(setting.first, setting.last) > 0 if isinstance(setting, Ramp) else setting > 0
+
+
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Ramp
+_Layers = Literal["all", "last", "skip", "dynamic"] | list[list[int]]
+
+
+def _check_pairs(layers: str | list[list[int]]) -> None:
+    pairs = layers if isinstance(layers, list) else [[0, 0]]
+    if not pairs or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
+        raise ValueError(
+            "layers must be 'all', 'last', 'skip', 'dynamic' or pairs of layer numbers such as [[0, 1], [2, 5]]"
+        )
+
+
 class TaskTerm(Section):
     """The loss on the labels, as the model itself computes it.
 
     Attributes:
-        weight: Factor of the term in the sum, at least 0.
+        weight: Factor of the term in the sum, at least 0; or a ramp.
     """
 
-    weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    weight: _Weight = 0.5
 
 
 class LogitsTerm(Section):
-    """Kullback-Leibler divergence from the teacher's to the student's softened distribution.
+    """How far the student's predictions are from the teacher's.
 
     Attributes:
-        weight: Factor of the term in the sum, at least 0.
-        temperature: Both logits are divided by it; the term is multiplied by its square (Hinton et al. 2015, section 2.1).
+        weight: Factor of the term in the sum, at least 0; or a ramp.
+        loss: "kl" (Hinton et al. 2015), "reverse_kl", "jensen_shannon" (with `beta`), "total_variation", "mse", "cosine", "hard_label"
+            (DeiT), "decoupled" (Zhao et al. 2022, with `beta`), "dist" (Huang et al. 2022), or "uld" (Boizard et al. 2024), for
+            vocabularies that differ.
+        temperature: Both logits are divided by it; the divergences are multiplied by its square (Hinton et al. 2015, section 2.1).
+            Losses that know no temperature pass it over. A number above 0, or a ramp.
+        standardize: Compare logits less their mean, divided by their standard deviation (Sun et al. 2024).
+        beta: Of "jensen_shannon" the share of the teacher in the mixture, in (0, 1), by default 0.5; of "decoupled" the weight of the
+            classes that are not the target, by default 8.
     """
 
-    weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
-    temperature: float = Field(default=2.0, gt=0, le=100)
+    weight: _Weight = 0.5
+    loss: Literal[
+        "kl",
+        "reverse_kl",
+        "jensen_shannon",
+        "total_variation",
+        "mse",
+        "cosine",
+        "hard_label",
+        "decoupled",
+        "dist",
+        "uld",
+    ] = "kl"
+    temperature: Annotated[float, Field(gt=0, le=100)] | Ramp = 2.0
+    standardize: bool = False
+    beta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _own_settings(self) -> LogitsTerm:
+        if isinstance(self.temperature, Ramp) and min(self.temperature.first, self.temperature.last) <= 0:
+            raise ValueError("temperature must stay above 0 from first to last")
+        if self.beta is not None and self.loss not in ("jensen_shannon", "decoupled"):
+            raise ValueError(f"beta belongs to jensen_shannon and decoupled, not to {self.loss}; leave it out")
+        if self.loss == "jensen_shannon" and (self.beta or 0.5) >= 1:
+            raise ValueError(f"beta of jensen_shannon is a share in (0, 1), not {self.beta}")
+        return self
 
 
 class HiddenTerm(Section):
-    """Mean squared error between hidden states after chosen layers.
+    """How far the hidden states after chosen layers are from the teacher's.
 
     Attributes:
-        weight: Factor of the term in the sum; 0 leaves it out.
-        layers: "all" (each student layer with the teacher layer at the same relative depth), "last", or
-            pairs [student layer, teacher layer] counted from 0.
+        weight: Factor of the term in the sum; 0 leaves it out; or a ramp.
+        layers: "all" (each student layer with the teacher layer at the same relative depth), "last", "skip" (every so many-th teacher
+            layer, its last left out: Sun et al. 2019), "dynamic" (every third teacher layer with the student layer that is nearest
+            to it, found anew at each step: Xia et al. 2022), or pairs [student layer, teacher layer] counted from 0.
+        loss: "mse", "cosine" (DistilBERT) or "patient" (mean squared error of vectors of length one: Sun et al. 2019).
     """
 
-    weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    layers: Literal["all", "last"] | list[list[int]] = "all"
+    weight: _Weight = 0.0
+    layers: _Layers = "all"
+    loss: Literal["mse", "cosine", "patient"] = "mse"
 
     @model_validator(mode="after")
     def _pairs(self) -> HiddenTerm:
-        pairs = self.layers if isinstance(self.layers, list) else [[0, 0]]
-        if not pairs or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
-            raise ValueError("layers must be 'all', 'last' or pairs of layer numbers such as [[0, 1], [2, 5]]")
+        _check_pairs(self.layers)
         return self
+
+
+class AttentionsTerm(Section):
+    """How far the attention maps of chosen layers are from the teacher's (TinyBERT: Jiao et al. 2020, equation 7).
+
+    Attributes:
+        weight: Factor of the term in the sum; 0 leaves it out; or a ramp.
+        layers: As of the hidden states; not "dynamic".
+        loss: "mse", or "kl" from the teacher's to the student's map, row by row.
+        heads: "each" compares head by head, "mean" the means over heads, for models with different heads or while heads are pruned.
+    """
+
+    weight: _Weight = 0.0
+    layers: _Layers = "all"
+    loss: Literal["mse", "kl"] = "mse"
+    heads: Literal["each", "mean"] = "each"
+
+    @model_validator(mode="after")
+    def _pairs(self) -> AttentionsTerm:
+        _check_pairs(self.layers)
+        if self.layers == "dynamic":
+            raise ValueError("layers: dynamic is for hidden states only; use all, last, skip or pairs")
+        return self
+
+
+class RelationsTerm(Section):
+    """How far the relations between tokens are from the teacher's (MiniLMv2: Wang et al. 2021): models may differ in width and heads.
+
+    Attributes:
+        weight: Factor of the term in the sum; 0 leaves it out; or a ramp.
+        layers: As of the hidden states; not "dynamic". Usually one layer is compared.
+        of: Of which vectors: "queries", "keys", "values".
+        heads: Relation heads, by which both widths have to be divisible; None is the largest number up to 12 that does.
+    """
+
+    weight: _Weight = 0.0
+    layers: _Layers = "last"
+    of: list[Literal["queries", "keys", "values"]] = Field(default=["queries", "keys", "values"], min_length=1)
+    heads: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _pairs(self) -> RelationsTerm:
+        _check_pairs(self.layers)
+        if self.layers == "dynamic":
+            raise ValueError("layers: dynamic is for hidden states only; use all, last, skip or pairs")
+        return self
+
+
+class EmbeddingsTerm(Section):
+    """How far one vector per example is from the teacher's: sentence and image embeddings.
+
+    Attributes:
+        weight: Factor of the term in the sum; 0 leaves it out; or a ramp.
+        loss: "cosine", "mse", "similarity" (similarity-preserving: Tung and Mori 2019), or "contrastive" (InfoNCE: the teacher's vector
+            of the same example against those of the others). The last two compare within the batch at hand.
+        pooling: How a vector is made of the hidden states after the last layer: their "mean" over tokens, the first ("cls") or
+            the "last" token.
+        temperature: Of "contrastive".
+    """
+
+    weight: _Weight = 0.0
+    loss: Literal["cosine", "mse", "similarity", "contrastive"] = "cosine"
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    temperature: float = Field(default=0.05, gt=0, le=100)
+
+
+class OnPolicyConfig(Section):
+    """The student writes, and the teacher says what it would have written (generalized distillation: Agarwal et al. 2024).
+
+    Attributes:
+        share: Share of the batches whose answers are replaced by the student's own, in (0, 1] (lambda of the paper).
+        max_new_tokens: Length of what is written.
+        temperature: Of the student while it writes; 0 takes the likeliest token.
+    """
+
+    share: float = Field(default=0.5, gt=0, le=1)
+    max_new_tokens: int = Field(default=64, ge=1, le=100_000)
+    temperature: float = Field(default=1.0, ge=0, le=100)
 
 
 class DistillConfig(Section):
     """Distillation: what of the teacher the student is to reproduce, and with which weight.
 
     Attributes:
-        task: The loss on the labels.
-        logits: The soft targets.
+        task: The loss on the labels; left out where there are none.
+        logits: The predictions.
         hidden: The hidden states.
+        attentions: The attention maps.
+        relations: Relations between queries, keys and values.
+        embeddings: One vector per example.
+        on_policy: For language models and sequence-to-sequence: the student's own answers. None is the data's.
+        self_test: Before the first step, check on a few examples that the gradient of a batch is that of its halves together.
 
     Example:
         >>> DistillConfig(logits=LogitsTerm(weight=0.9, temperature=3.0)).logits.temperature
@@ -110,12 +305,18 @@ class DistillConfig(Section):
     task: TaskTerm = TaskTerm()
     logits: LogitsTerm = LogitsTerm()
     hidden: HiddenTerm = HiddenTerm()
+    attentions: AttentionsTerm = AttentionsTerm()
+    relations: RelationsTerm = RelationsTerm()
+    embeddings: EmbeddingsTerm = EmbeddingsTerm()
+    on_policy: OnPolicyConfig | None = None
+    self_test: bool = True
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> DistillConfig:
-        if self.logits.weight == 0 and self.hidden.weight == 0:
+        terms = (self.logits, self.hidden, self.attentions, self.relations, self.embeddings)
+        if not any(ever_positive(term.weight) for term in terms):
             raise ValueError(
-                "logits.weight and hidden.weight are both 0: nothing is left of the teacher; set one above 0 or leave out distill"
+                "all weights but that of task are 0: nothing is left of the teacher; set logits.weight or another above 0, or leave out distill"
             )
         return self
 
@@ -359,12 +560,21 @@ class DataConfig(Section):
         name: A dataset on the Hub, or None when files are given.
         config: Its configuration, e.g. "sst2" of "nyu-mll/glue".
         title: What the card calls the data; by default the name, or that of the file.
-        train: A local csv, tsv, json, jsonl or parquet file, an image folder, or the name of a Hub split.
+        train: A local csv, tsv, json, jsonl, parquet or txt file (a text a line), a folder with one folder of images or sounds
+            per class, or the name of a Hub split.
         eval: The same for evaluation; without it a share of the training data is held out.
-        text: Column or two columns of text; found by itself when there is no doubt.
-        image: Column of images; found by itself when there is no doubt.
-        label: Column of labels; found by itself when there is no doubt.
+        text: Column of text, of lists of words, or of chat messages; or two columns: a pair of sentences, question and context, a
+            sentence and the start of the next. As all columns, found by itself when there is no doubt.
+        image: Column of images.
+        audio: Column of sounds.
+        choices: Column of lists of choices, or as many columns as there are choices.
+        label: Column of what is to be predicted: labels, tags of words, answers, the number of the right choice, or the text to be
+            written.
         max_length: Longest text in tokens.
+        max_target_length: Longest text to be written, in tokens.
+        max_seconds: Longest sound; the rest is cut off.
+        prefix: Put before every text that another is to be written for, such as "summarize: " for T5.
+        fixed_masks: Mask the same tokens in every epoch, as it must be where a teacher's outputs are kept.
         max_train: Use at most so many training examples (a random choice, by seed).
         max_eval: Use at most so many evaluation examples.
         holdout: Share of the training data to evaluate on when there is no evaluation data, in (0, 1).
@@ -378,8 +588,14 @@ class DataConfig(Section):
     eval: str | None = None
     text: str | list[str] | None = None
     image: str | None = None
+    audio: str | None = None
+    choices: str | list[str] | None = None
     label: str | None = None
     max_length: int = Field(default=128, ge=2, le=100_000)
+    max_target_length: int = Field(default=64, ge=2, le=100_000)
+    max_seconds: float = Field(default=20.0, gt=0, le=3600)
+    prefix: str = ""
+    fixed_masks: bool = False
     max_train: int | None = Field(default=None, ge=1)
     max_eval: int | None = Field(default=None, ge=1)
     holdout: float = Field(default=0.1, gt=0, lt=1)
@@ -410,18 +626,83 @@ class ModelConfig(Section):
     base_model: str | None = None
 
 
+class AssistantConfig(Section):
+    """A model between teacher and student, distilled first, from which the student then learns (Mirzadeh et al. 2020).
+
+    Attributes:
+        layers: How many layers of the teacher it keeps.
+        train: Training arguments that differ from those of the recipe's `train` section.
+    """
+
+    layers: int = Field(ge=1)
+    train: dict[str, Any] = {}
+
+
 class TeacherConfig(Section):
     """The model to learn from.
 
     Attributes:
-        name: Folder or Hub repository of a model already fine-tuned on the task. Without it, `model` is
+        name: Folder or Hub repository of a model already fine-tuned on the task, or several of them. Without it, `model` is
             fine-tuned first and serves as teacher and as the student's starting point.
+        weights: With several, one number each; by default equal.
+        combine: With several, how their predictions become one: the mean of "probabilities" or of "logits", or for each item the
+            most "confident" one, or the one that is most "correct" by the labels.
         train: Training arguments that differ from those of the recipe's `train` section while the teacher
             is fine-tuned.
+        precision: In which it runs: "float32", "bfloat16", "int8" or "nf4" (by bitsandbytes). "auto" is the highest that fits into
+            memory.
+        device: Where it runs, such as "cuda:1" or "cpu"; "auto" is where the student is, if it fits.
+        cache: Let it run once over the training data and read from disk after that. Needs a collator that leaves the inputs as they are.
+        average: Instead of another model, the average of the student's own weights teaches: the share that stays at each step,
+            such as 0.999.
+        assistants: Models in between, each distilled from the one before.
     """
 
-    name: str | None = None
+    name: str | list[str] | None = None
+    weights: list[float] | None = None
+    combine: Literal["probabilities", "logits", "confident", "correct"] = "probabilities"
     train: dict[str, Any] = {}
+    precision: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = "auto"
+    device: str = "auto"
+    cache: bool = False
+    average: float | None = Field(default=None, ge=0, lt=1)
+    assistants: list[AssistantConfig] = []
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TeacherConfig:
+        if isinstance(self.name, list) and len(self.name) < 2:
+            raise ValueError("name lists fewer than two teachers; give one name, or two and more")
+        several = isinstance(self.name, list)
+        if self.weights is not None and (not several or len(self.weights) != len(self.name or [])):
+            raise ValueError("weights has one number for each teacher that name lists")
+        if self.average is not None and (self.name is not None or self.cache or self.assistants):
+            raise ValueError("average lets the student teach itself: leave out name, cache and assistants")
+        if several and self.assistants:
+            raise ValueError("assistants learn from one teacher; name lists several")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The teachers that are named."""
+        return [] if self.name is None else [self.name] if isinstance(self.name, str) else list(self.name)
+
+
+class StudentConfig(Section):
+    """The student, where it is not the teacher's copy: it starts from the teacher's weights, as far as they fit.
+
+    Attributes:
+        layers: Layers that stay: their number (evenly spread, the last one among them) or their indices; for encoder and decoder a mapping.
+        hidden: Features of the hidden states.
+        heads: Heads of each attention sublayer.
+        neurons: Neurons of each feed-forward sublayer.
+        initialize: "teacher" copies weights, "random" starts from nothing.
+    """
+
+    layers: int | list[int] | dict[str, int] | None = None
+    hidden: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1)
+    neurons: int | None = Field(default=None, ge=1)
+    initialize: Literal["teacher", "random"] = "teacher"
 
 
 class MeasureConfig(Section):
@@ -465,6 +746,7 @@ class Recipe(Section):
         task: Kind of task; only `hfcompress run` and the scripts need it.
         model: Student's starting point.
         teacher: Model to learn from.
+        student: What the student has less than the teacher, or None.
         data: Examples.
         distill: Distillation, or None.
         prune: Pruning, or None.
@@ -481,12 +763,13 @@ class Recipe(Section):
         >>> Recipe.from_dict({"prunee": {}})
         Traceback (most recent call last):
         ...
-        hfcompress.config.RecipeError: recipe: prunee is not a key here; did you mean prune? Allowed: data, distill, measure, model, output, prune, push, quantize, seed, task, teacher, train
+        hfcompress.config.RecipeError: recipe: prunee is not a key here; did you mean prune? Allowed: data, distill, measure, model, output, prune, push, quantize, seed, student, task, teacher, train
     """
 
     task: Task | None = None
     model: ModelConfig | None = None
     teacher: TeacherConfig | None = None
+    student: StudentConfig | None = None
     data: DataConfig | None = None
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None

@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hfcompress.config import Recipe
+from hfcompress.config import Recipe, Task
 from hfcompress.runs.arguments import training_arguments
+from hfcompress.tasks import TASKS
 
 ROOT = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
 ACCELERATE = [path for path in FILES if path.parts[0] == "accelerate"]
 RECIPES = [path for path in FILES if path.parts[0] != "accelerate"]
 
+SCRIPTS = {
+    "text_classification": "bert_sst2",
+    "image_classification": "vit_images",
+    "audio_classification": "wav2vec2_sounds",
+    "token_classification": "bert_conll2003",
+    "question_answering": "bert_squad",
+    "multiple_choice": "bert_swag",
+    "masked_lm": "bert_wikitext",
+    "causal_lm": "smollm_wikitext",
+    "seq2seq": "t5_xsum",
+    "sentence_embeddings": "minilm_sentences",
+}
 PROCESSES = {"cpu": ("NO", 1), "ddp": ("MULTI_GPU", 2), "fsdp2": ("FSDP", 2), "deepspeed_zero2": ("DEEPSPEED", 2)}
 
 
 def test_how_many_there_are():
-    assert {path.stem for path in RECIPES} == {"bert_sst2", "demo_text", "demo_vision", "vit_images"}
+    demos = {"demo_text", "demo_vision"}
+    assert {path.stem for path in RECIPES} == demos | set(SCRIPTS.values())
     assert {path.stem for path in ACCELERATE} == set(PROCESSES)
-    assert len(FILES) == 8 and {path.suffix for path in FILES} == {".yaml"}
+    assert len(FILES) == 16 and {path.suffix for path in FILES} == {".yaml"}
+    tasks = {Recipe.from_yaml(ROOT / f"{stem}.yaml").task for stem in SCRIPTS.values()}
+    assert tasks == set(TASKS) == set(get_args(Task))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_and_its_recipe(script):
+    """Each names the other, and both the same task."""
+    recipe = Recipe.from_yaml(ROOT / f"{SCRIPTS[script]}.yaml")
+    code = (ROOT.parent / "scripts" / f"{script}.py").read_text()
+    assert f'run_task("{recipe.task}", ' in code and f"configs/{SCRIPTS[script]}.yaml" in code
+    assert (
+        f"scripts/{script}.py --config configs/{SCRIPTS[script]}.yaml" in (ROOT / f"{SCRIPTS[script]}.yaml").read_text()
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -17,10 +18,12 @@ _EPILOG = """\
 examples:
   hfcompress run configs/bert_sst2.yaml              train, prune, distil, quantize, measure, card
   hfcompress prune ./bert-sst2 --data train.csv --speedup 1.5 --output ./fast
+  hfcompress student ./bert-sst2 ./three-layers --layers 3
   hfcompress inspect ./runs/bert-sst2/student        what is left in each layer
   hfcompress measure ./runs/bert-sst2/student        size and latency
   hfcompress quantize ./runs/bert-sst2/student --preset nf4
   hfcompress vocabulary ./runs/bert-sst2/student --data train.csv --output ./smaller
+  hfcompress cache-teacher ./bert-sst2 --data train.csv --output ./cache
   hfcompress push ./runs/bert-sst2/student me/bert-sst2-small --private
 
 Each command explains itself: hfcompress COMMAND --help. HFCOMPRESS_DEBUG=1 shows tracebacks.
@@ -104,6 +107,38 @@ examples:
         "--uniform", action="store_true", help="make all layers alike, so that plain transformers loads it"
     )
 
+    student = _add(
+        commands,
+        "student",
+        _student,
+        "Make a smaller model from a teacher, with its weights, to be distilled.",
+        """\
+Layers are chosen first, then heads and neurons, then hidden features (those with the largest weights stay); last, fields of the
+config are changed, and whatever still fits is copied. It scores little before it is trained: `hfcompress run` distils it.
+
+examples:
+  hfcompress student ./bert-sst2 ./three-layers --layers 3
+  hfcompress student ./bert-sst2 ./narrow --layers 0,2,4 --hidden 256 --heads 8 --neurons 768
+  hfcompress student user/t5 ./small-t5 --layers encoder=6 decoder=2
+  hfcompress student ./bert-sst2 ./fresh --config num_hidden_layers=2 intermediate_size=512 --random
+""",
+    )
+    student.add_argument("teacher", help="folder or Hub repository")
+    student.add_argument("output", help="folder to write")
+    student.add_argument(
+        "--layers",
+        nargs="+",
+        type=_layers,
+        metavar="N",
+        help="how many stay, spread evenly with the last among them; or their numbers, 0,2,4; or those of each stack, encoder=6",
+    )
+    student.add_argument("--hidden", type=_positive, help="features of the hidden states that stay")
+    student.add_argument("--heads", type=_positive, help="heads that stay in each layer")
+    student.add_argument("--neurons", type=_positive, help="neurons that stay in each layer")
+    student.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="fields of the config to change")
+    student.add_argument("--random", action="store_true", help="copy no weights, draw all anew")
+    student.add_argument("--seed", type=int, default=42, help="of weights that are drawn anew (default 42)")
+
     sensitivity = _add(
         commands,
         "sensitivity",
@@ -111,7 +146,8 @@ examples:
         "Show what the units of each layer are worth, before hours are spent.",
         """\
 One place at a time is left with three quarters, half, a quarter and none of its units, the least important going first, and the change
-of the predictions is measured (divergence in nats per example, without repair). Labels are not needed.
+of the predictions is measured (divergence in nats per example, without repair); then each whole layer is left out, and how much it turns the
+hidden states is shown beside (block influence). Labels are not needed.
 
 examples:
   hfcompress sensitivity ./bert-sst2 --data train.csv
@@ -227,6 +263,56 @@ examples:
     )
     vocabulary.add_argument("--output", required=True, metavar="DIR", help="folder to write")
 
+    caching = _add(
+        commands,
+        "cache-teacher",
+        _cache_teacher,
+        "Let a teacher run once over the data and keep what it says, for distillation.",
+        """\
+Distillation asks the teacher about the same examples in every epoch, for every seed and setting. Here it is asked once; training then reads
+files: DistillationTrainer(teacher="./cache", ...). An example is found by its content, so order, batches, padding and processes may
+differ, but not tokenizer and --length, and nothing may be masked or augmented at random. The size is said before anything is
+written. Stopped, even by force, it goes on where it was when started again.
+
+What is kept of each example, or of each token where the teacher predicts one:
+  --logits        all logits (default): a few bytes for a classifier, 200 kB a token for a language model
+  --top-k K       the K likeliest classes, and how likely all others are together: at most 300 bytes a token with K = 64
+  --samples N     N classes drawn by the teacher: right on average, 2 bytes each
+  --last-hidden   what enters the head of a language model, and the head once: exact, 2 bytes a feature
+
+examples:
+  hfcompress cache-teacher ./bert-sst2 --data train.csv --output ./cache
+  hfcompress cache-teacher ./smollm --data wiki.txt --length 512 --top-k 64 --output ./cache
+  hfcompress cache-teacher ./vit --data images/ --hidden-layers 3,7,11 --dtype float16 --output ./cache
+  hfcompress cache-teacher recipe.yaml --output ./cache       teacher and data of a recipe
+  torchrun --nproc_per_node 4 -m hfcompress.cli.main cache-teacher ./bert-sst2 --data train.csv --output ./cache
+""",
+    )
+    caching.add_argument("teacher", metavar="TEACHER", help="folder, Hub repository, or a recipe (.yaml)")
+    caching.add_argument("--data", default=None, metavar="FILE", help="examples: csv, json, parquet, txt, images")
+    caching.add_argument("--eval", default=None, metavar="FILE", help="what no part of --data is held out for")
+    _column_arguments(caching)
+    caching.add_argument("--task", default=None, help="what the teacher was made for (default: by its class)")
+    caching.add_argument("--length", type=_positive, default=128, help="tokens per example (default 128, as recipes)")
+    caching.add_argument("--output", required=True, metavar="DIR", help="folder to write, or to go on in")
+    kept = caching.add_mutually_exclusive_group()
+    kept.add_argument("--logits", action="store_true", help="keep all logits (the default)")
+    kept.add_argument("--top-k", type=_positive, default=None, metavar="K", help="keep the K likeliest classes")
+    kept.add_argument("--samples", type=_positive, default=None, metavar="N", help="keep N drawn classes")
+    kept.add_argument("--last-hidden", action="store_true", help="keep the last hidden states, and the head")
+    caching.add_argument(
+        "--hidden-layers", type=_numbers, default=(), metavar="1,3", help="keep the outputs of these layers too"
+    )
+    caching.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="of --logits (default float32)",
+    )
+    caching.add_argument("--batch", type=_positive, default=32, help="examples asked about at once (default 32)")
+    caching.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
+    caching.add_argument("--seed", type=int, default=42, help="of samples (default 42)")
+
     push = _add(
         commands,
         "push",
@@ -265,9 +351,7 @@ def _data_arguments(parser: argparse.ArgumentParser, *, samples: int = 2048) -> 
     parser.add_argument(
         "--eval", default=None, metavar="FILE", help="examples to score on (default: a tenth of --data)"
     )
-    parser.add_argument("--text", nargs="+", default=None, metavar="COLUMN", help="columns of text (default: found)")
-    parser.add_argument("--image", default=None, metavar="COLUMN", help="column of images (default: found)")
-    parser.add_argument("--label", default=None, metavar="COLUMN", help="column of labels (default: found)")
+    _column_arguments(parser)
     parser.add_argument("--samples", type=_positive, default=samples, help=f"examples to look at (default {samples})")
     parser.add_argument("--max-eval", type=_positive, default=None, help="score on at most so many examples")
     parser.add_argument("--length", type=_positive, default=64, help="tokens per example, also when timed (default 64)")
@@ -275,6 +359,13 @@ def _data_arguments(parser: argparse.ArgumentParser, *, samples: int = 2048) -> 
     parser.add_argument("--threads", type=_positive, default=None, help="CPU threads when timed (default: as torch)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--seed", type=int, default=42, help="of the choice of examples (default 42)")
+
+
+def _column_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which columns of the data hold what."""
+    parser.add_argument("--text", nargs="+", default=None, metavar="COLUMN", help="columns of text (default: found)")
+    parser.add_argument("--image", default=None, metavar="COLUMN", help="column of images (default: found)")
+    parser.add_argument("--label", default=None, metavar="COLUMN", help="column of labels (default: found)")
 
 
 def _add(commands: Any, name: str, function: Callable[..., int], text: str, epilog: str) -> argparse.ArgumentParser:
@@ -289,6 +380,25 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: must be a whole number of 1 or more")
     return int(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: must be layers counted from 0, such as 1,3")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _layers(text: str) -> tuple[str | None, int | tuple[int, ...]]:
+    """A stack, or None for all, and how many of its layers, or which."""
+    stack, equals, choice = text.rpartition("=")
+    numbers = [part for part in choice.split(",") if part]
+    if not numbers or not all(part.isdecimal() for part in numbers) or (equals and not stack):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed: must be a number, numbers as in 0,2,4, or encoder=6"
+        )
+    found = tuple(map(int, numbers))
+    return stack or None, found if "," in choice else found[0]
 
 
 def _number(text: str) -> float:
@@ -431,28 +541,95 @@ def _prune(options: argparse.Namespace) -> int:
     return 0
 
 
+def _student(options: argparse.Namespace) -> int:
+    import torch
+    import yaml
+
+    from hfcompress.checkpoints.io import load
+    from hfcompress.checkpoints.portable import MODELING_FILE
+    from hfcompress.checkpoints.record import add_step
+    from hfcompress.distillation import derive_student
+    from hfcompress.hub import save_probe, write_card
+    from hfcompress.runs.processors import copy_processor
+
+    target = Path(options.output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is not empty; give another folder")
+    given = [text for text in options.config if not re.fullmatch(r"\w+=.*", text)]
+    if given:
+        raise ValueError(f"--config: {given[0]!r} is not KEY=VALUE")
+    named = dict(options.layers or [])
+    if None in named and len(options.layers) > 1:
+        raise ValueError("--layers: give one choice for all stacks, or STACK=CHOICE for each")
+    choices: dict[str, Any] = {name: getattr(options, name) for name in ("hidden", "heads", "neurons")}
+    choices |= {"layers": named.get(None, named) or None}
+    choices |= {"config": {key: yaml.safe_load(value) for key, _, value in (t.partition("=") for t in options.config)}}
+    choices = {name: value for name, value in choices.items() if value}
+    if not choices and not options.random:
+        raise ValueError("nothing to change: give --layers, --hidden, --heads, --neurons, --config or --random")
+    torch.manual_seed(options.seed)
+    teacher: Any = load(options.teacher)
+    start = "random" if options.random else "teacher"
+    student, copied = derive_student(teacher, **choices, initialize=start)  # type: ignore[arg-type]
+    origin = Path(options.teacher).name if Path(options.teacher).exists() else options.teacher
+    add_step(student.config, "student", teacher=origin, initialize=start, choices=choices)
+    student.save_pretrained(target)
+    save_probe(student, target)
+    copy_processor(options.teacher, target)
+    write_card(target)
+    load(target)
+    before, after = _sizes_of(teacher), _sizes_of(student)
+    print(f"{'':<24}{'before':>14}{'after':>14}")
+    for name, count in before.items():
+        print(f"{name:<24}{count:>14,}{after.get(name, 0):>14,}{after.get(name, 0) / count:>7.0%}")
+    print(copied)
+    plainly = "" if (target / MODELING_FILE).exists() else " with transformers alone"
+    print(f"{target}: loads again{plainly}")
+    return 0
+
+
+def _sizes_of(model: Any) -> dict[str, int]:
+    """Layers, units and parameters of a model, by name."""
+    from hfcompress.anatomy import StructureError, family_of, find_sites, find_stream
+    from hfcompress.anatomy.sites import find_stacks
+    from hfcompress.measurement import count_parameters
+
+    sizes = {
+        f"layers of the {stack.name}": len(layers) for stack, _, layers in find_stacks(model, family_of(model)) or ()
+    }
+    with contextlib.suppress(StructureError):  # two towers, or stages: there is no single width
+        sizes["hidden features"] = find_stream(model).width
+    sites = find_sites(model)
+    sizes["heads"] = sum(site.units * site.query_heads for site in sites)
+    sizes["neurons"] = sum(site.units for site in sites if site.kind == "neurons")
+    return {name: count for name, count in (sizes | {"parameters": count_parameters(model)}).items() if count}
+
+
 def _sensitivity(options: argparse.Namespace) -> int:
     import json
 
     from hfcompress.config import Recipe
     from hfcompress.hub.picture import save_sensitivity_picture
     from hfcompress.runs.post_training import sensitivity_of
-    from hfcompress.runs.table import format_sensitivities
+    from hfcompress.runs.table import format_layers, format_sensitivities
     from hfcompress.tasks.errors import DataError
 
     criterion = {"name": options.criterion, "samples": options.samples}
     recipe = Recipe.from_dict({"prune": {"criterion": criterion}, **_data(options)}, source="hfcompress sensitivity")
     assert recipe.prune is not None and recipe.data is not None
     try:
-        found = sensitivity_of(
+        found, layers = sensitivity_of(
             options.model, recipe.prune.criterion, recipe.data, measure=recipe.measure, seed=recipe.seed
         )
     except DataError as error:
         raise ValueError(_as_options(str(error))) from None
     if options.json:
-        print(json.dumps([entry.to_dict() for entry in found], indent=2))
+        both = {"sites": [entry.to_dict() for entry in found], "layers": [entry.to_dict() for entry in layers]}
+        print(json.dumps(both, indent=2))
     else:
         print(format_sensitivities(found))
+        if layers:
+            print("\n" + format_layers(layers))
     if options.picture:
         lines = {
             entry.site: [(left / entry.units, loss) for left, loss in zip(entry.left, entry.divergence, strict=True)]
@@ -584,6 +761,52 @@ def _vocabulary(options: argparse.Namespace) -> int:
     print(f"{'MB':<12}{before / 1e6:>14,.1f}{after / 1e6:>14,.1f}{after / before:>7.0%}")
     print(f"tokens of the data that stay: {done.tokens_share:.2%}; texts encoded as before: {done.texts_share:.2%}")
     print(f"{target}: loads again")
+    return 0
+
+
+def _cache_teacher(options: argparse.Namespace) -> int:
+    from hfcompress.config import Recipe
+    from hfcompress.distillation import CacheContents
+    from hfcompress.distillation.cache_format import LogitsKind
+    from hfcompress.distillation.cache_writing import in_bytes
+    from hfcompress.runs.caching import cache_recipe, cache_teacher
+    from hfcompress.tasks.errors import DataError
+
+    from_recipe = options.teacher.lower().endswith((".yaml", ".yml"))
+    if from_recipe == (options.data is not None):
+        raise ValueError("a recipe says which data; leave out --data" if from_recipe else "give --data, or a recipe")
+    kept: dict[LogitsKind, Any] = {
+        "top_k": options.top_k,
+        "samples": options.samples,
+        "last_hidden": options.last_hidden,
+    }
+    kind: LogitsKind = next((kind for kind, value in kept.items() if value), "all")
+    count = int(options.top_k or options.samples or 1)
+    contents = CacheContents(kind, count=count, hidden_layers=options.hidden_layers, dtype=options.dtype)
+    settings: dict[str, Any] = {"device": options.device, "batch": options.batch}
+    if from_recipe:
+        made = cache_recipe(Recipe.from_yaml(options.teacher), options.output, contents, **settings)
+    else:
+        text = options.text[0] if options.text and len(options.text) == 1 else options.text
+        data = {name: getattr(options, name) for name in ("eval", "image", "label")}
+        data |= {"train": options.data, "text": text, "max_length": options.length}
+        recipe = Recipe.from_dict(
+            {"data": data, "seed": options.seed} | ({"task": options.task} if options.task else {}),
+            source="hfcompress cache-teacher",
+        )
+        assert recipe.data is not None
+        settings |= {"task": recipe.task, "seed": recipe.seed}
+        try:
+            made = cache_teacher(options.teacher, recipe.data, options.output, contents, **settings)
+        except DataError as error:
+            raise ValueError(_as_options(str(error))) from None
+    if not made.complete:
+        print(f"{options.output}: this process is done; others are still writing")
+        return 0
+    each = (made.tokens, "token") if made.tokens else (made.examples, "example")
+    size = f"{in_bytes(made.size_bytes)} ({made.size_bytes / max(each[0], 1):,.0f} bytes per {each[1]})"
+    tokens = f", {made.tokens:,} tokens" if made.tokens else ""
+    print(f"{options.output}: {made.contents} of {made.teacher} for {made.examples:,} examples{tokens}; {size}")
     return 0
 
 

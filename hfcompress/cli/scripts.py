@@ -29,6 +29,8 @@ def run_task(task: str, *, description: str | None) -> NoReturn:
     except RecipeError as error:
         sys.exit(f"hfcompress: {error}")
     if named not in (None, task):
-        sys.exit(f"hfcompress: {options.config}: task is {named}, and this script is for {task}; use the other script")
+        sys.exit(
+            f"hfcompress: {options.config}: task is {named}, and this script is for {task}; use the script of that task"
+        )
     arguments = ["run", options.config, *options.overrides, f"task={task}"]
     sys.exit(main(arguments + (["--restart"] if options.restart else [])))

@@ -1,16 +1,127 @@
 """Distillation: losses, layer maps, teachers."""
 
-from hfcompress.distillation.layer_maps import make_map, uniform_map
-from hfcompress.distillation.losses import binary_kl_divergence, kl_divergence, mean_over_items, mean_squared_error
-from hfcompress.distillation.teachers import Teacher, capture_outputs
+from hfcompress.distillation.cache import CachingCollator, TeacherCache
+from hfcompress.distillation.cache_format import CacheContents
+from hfcompress.distillation.cache_keys import CacheError
+from hfcompress.distillation.cache_writing import estimate_size, write_cache
+from hfcompress.distillation.capture import AttentionInputs, Captured, Wanted, capture, capture_outputs
+from hfcompress.distillation.features import (
+    EMBEDDING_LOSSES,
+    HIDDEN_LOSSES,
+    contrastive,
+    cosine_distance,
+    mean_squared_error,
+    patient_error,
+    pool,
+    similarity_preserving,
+    unit_vectors,
+)
+from hfcompress.distillation.generations import generate_targets, load_targets
+from hfcompress.distillation.layer_maps import LayerMap, best_match, make_map, skip_map, uniform_map
+from hfcompress.distillation.logits import (
+    LOGIT_LOSSES,
+    LogitLoss,
+    binary_kl_divergence,
+    correlation_distance,
+    count_aligned,
+    decoupled_divergence,
+    hard_label_cross_entropy,
+    jensen_shannon_divergence,
+    kl_divergence,
+    reverse_kl_divergence,
+    standardize,
+    total_variation,
+    universal_logit_distance,
+)
+from hfcompress.distillation.losses import mean_by_item, mean_over_items
+from hfcompress.distillation.placement import Placement, plan_placement
+from hfcompress.distillation.relations import (
+    ATTENTION_LOSSES,
+    attention_kl,
+    attention_map,
+    attention_mse,
+    relation,
+    relation_divergence,
+)
+from hfcompress.distillation.sparse import sampled_kl_divergence, top_k_kl_divergence
+from hfcompress.distillation.students import Copied, copy_weights, derive_student, make_student, match_vocabularies
+from hfcompress.distillation.teachers import (
+    AdapterTeacher,
+    AverageTeacher,
+    CachedTeacher,
+    Ensemble,
+    Targets,
+    Teacher,
+    student_inputs,
+)
 
 __all__ = [
+    "ATTENTION_LOSSES",
+    "EMBEDDING_LOSSES",
+    "HIDDEN_LOSSES",
+    "LOGIT_LOSSES",
+    "AdapterTeacher",
+    "AttentionInputs",
+    "AverageTeacher",
+    "CacheContents",
+    "CacheError",
+    "CachedTeacher",
+    "CachingCollator",
+    "Captured",
+    "Copied",
+    "Ensemble",
+    "LayerMap",
+    "LogitLoss",
+    "Placement",
+    "Targets",
     "Teacher",
+    "TeacherCache",
+    "Wanted",
+    "activation_bytes",
+    "attention_kl",
+    "attention_map",
+    "attention_mse",
+    "best_match",
     "binary_kl_divergence",
+    "capture",
     "capture_outputs",
+    "contrastive",
+    "copy_weights",
+    "correlation_distance",
+    "cosine_distance",
+    "count_aligned",
+    "decoupled_divergence",
+    "derive_student",
+    "estimate_size",
+    "generate_targets",
+    "gradient_bytes",
+    "hard_label_cross_entropy",
+    "jensen_shannon_divergence",
     "kl_divergence",
+    "load_targets",
     "make_map",
+    "make_student",
+    "match_vocabularies",
+    "mean_by_item",
     "mean_over_items",
     "mean_squared_error",
+    "optimizer_bytes",
+    "patient_error",
+    "plan_placement",
+    "pool",
+    "relation",
+    "relation_divergence",
+    "reverse_kl_divergence",
+    "sampled_kl_divergence",
+    "similarity_preserving",
+    "skip_map",
+    "standardize",
+    "student_inputs",
+    "top_k_kl_divergence",
+    "total_variation",
     "uniform_map",
+    "unit_vectors",
+    "universal_logit_distance",
+    "weight_bytes",
+    "write_cache",
 ]

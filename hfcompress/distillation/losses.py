@@ -1,4 +1,4 @@
-"""Distillation losses: student and teacher tensors in, a scalar out. Pure functions.
+"""What all losses share: student and teacher tensors in, a scalar out, the mean over items. Pure functions.
 
 Each is a sum over items divided by a count. An item is what the loss is averaged over: an example, a token, a
 position. `mask` says which items count; `count` replaces their number where the items of one optimizer step are spread over
@@ -7,8 +7,14 @@ several batches or processes, so that the sum over the parts equals the loss of 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# Numbers per block: small beside the logits of a language model, and work enough for a GPU to outweigh starting it.
+_BLOCK_SIZE = 2**22
 
 
 def mean_over_items(
@@ -38,97 +44,142 @@ def mean_over_items(
     return values.sum() / max(count, 1.0)
 
 
-def kl_divergence(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    mask: torch.Tensor | None = None,
-    count: torch.Tensor | float | None = None,
-) -> torch.Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over items.
-
-    Source: Hinton, Vinyals, Dean 2015, section 2; the factor T^2 keeps the gradients' size independent of T
-    (section 2.1). With T = 1 this is the soft-target cross entropy less the teacher's entropy, a constant.
-
-    Args:
-        student_logits: Shape (..., classes), float; computed in float32.
-        teacher_logits: The same shape; gets no gradient.
-        temperature: T, above 0.
-        mask: True where an item counts, shape (...).
-        count: See `mean_over_items`.
-
-    Returns:
-        Scalar, float32, at least 0.
-
-    Example:
-        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986122886681098]])
-        >>> round(kl_divergence(student, teacher).item(), 6)  # 0.25 ln(0.25/0.5) + 0.75 ln(0.75/0.5)
-        0.130812
-    """
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    values = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
-    return mean_over_items(values, mask=mask, count=count)
-
-
-def binary_kl_divergence(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    mask: torch.Tensor | None = None,
-    count: torch.Tensor | float | None = None,
-) -> torch.Tensor:
-    """`kl_divergence` for independent yes/no labels: mean over labels of the divergence of two-way distributions.
-
-    Args:
-        student_logits: Shape (..., labels), float: log-odds of each label.
-        teacher_logits: The same shape.
-        temperature: T, above 0.
-        mask: True where an item counts, shape (...).
-        count: See `mean_over_items`.
-
-    Returns:
-        Scalar, float32, at least 0.
-
-    Example:
-        >>> student, teacher = torch.tensor([[0.0]]), torch.tensor([[1.0986122886681098]])
-        >>> round(binary_kl_divergence(student, teacher).item(), 6)
-        0.130812
-    """
-
-    def two_way(logits: torch.Tensor) -> torch.Tensor:
-        logits = logits.float() / temperature
-        return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=-1)
-
-    values = F.kl_div(two_way(student_logits), two_way(teacher_logits.detach()), reduction="none", log_target=True)
-    return mean_over_items(values.sum(-1).mean(-1) * temperature**2, mask=mask, count=count)
-
-
-def mean_squared_error(
+def mean_by_item(
+    function: Callable[..., torch.Tensor],
     student: torch.Tensor,
     teacher: torch.Tensor,
-    *,
+    *given: torch.Tensor,
+    gradient: Callable[..., torch.Tensor] | None = None,
     mask: torch.Tensor | None = None,
     count: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
-    """Mean over features of the squared difference, mean over items.
+    """Mean over items of a function of the student's and the teacher's vector, a block of items at a time.
 
-    For hidden states: TinyBERT (Jiao et al. 2020), equation 9, with the student already projected to the teacher's width.
+    Nothing is kept from forward to backward but the inputs, which are there anyway. Backward computes each block once more and
+    writes its gradient into one buffer of the student's shape and dtype, so that float32 copies are never larger than a
+    block, however many items and classes there are. The gradient cannot be differentiated again.
 
     Args:
-        student: Shape (..., features), float; computed in float32.
-        teacher: The same shape; gets no gradient.
-        mask: True where an item counts, shape (...).
+        function: Takes (items, features) of student and teacher in float32 (float64 where the student is) and (items,) of each
+            of `given`; gives one value per item, shape (items,), that depends on this item alone.
+        student: Shape (..., features), float.
+        teacher: Shape (..., features of its own), float; gets no gradient.
+        *given: What else there is to know of the items, shape (...).
+        gradient: Takes the same; gives the derivatives of the values, shape (items, features). None lets autograd find them.
+        mask: True where an item counts, shape (...). Where it is False anything may stand in the tensors, NaN included.
         count: See `mean_over_items`.
 
     Returns:
-        Scalar, float32, at least 0.
+        Scalar, float32 (float64 where the student is).
 
     Example:
-        >>> mean_squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]])).item()
+        >>> student, teacher = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.zeros(2, 2)
+        >>> mean_by_item(lambda ours, theirs: (ours - theirs).sum(-1), student, teacher).item()
         2.5
     """
-    values = (student.float() - teacher.detach().float()).square().mean(-1)
+    values = _ByBlock.apply(function, gradient, student, teacher.detach(), *given)
     return mean_over_items(values, mask=mask, count=count)
+
+
+class _ByBlock(torch.autograd.Function):
+    """One value per item, as `mean_by_item` says."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: Callable[..., torch.Tensor],
+        gradient: Callable[..., torch.Tensor] | None,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        *given: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.function, ctx.gradient = function, gradient
+        ctx.save_for_backward(student, teacher, *given)
+        values = [function(*block) for block in _blocks(student, teacher, given)]
+        return torch.cat(values).view(student.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        student, teacher, *given = ctx.saved_tensors
+        result = torch.empty_like(student, memory_format=torch.contiguous_format)
+        places = _split(result, _rows_per_block(student, teacher))
+        for place, (ours, theirs, *others, weights) in zip(
+            places, _blocks(student, teacher, [*given, upstream]), strict=True
+        ):
+            if ctx.gradient is not None:
+                part = ctx.gradient(ours, theirs, *others).mul_(weights.unsqueeze(-1))
+            else:
+                with torch.enable_grad():
+                    variable = ours.detach().requires_grad_()
+                    values = ctx.function(variable, theirs, *others)
+                (part,) = torch.autograd.grad(values, variable, weights)
+            # What stands at an item that does not count may not even be a number, and 0 times NaN is NaN.
+            place.copy_(part.masked_fill_(weights.unsqueeze(-1) == 0, 0.0))
+        return (None, None, result, *(None for _ in range(1 + len(given))))
+
+
+def _blocks(
+    student: torch.Tensor, teacher: torch.Tensor, given: Sequence[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The items block by block: student and teacher in the precision of the result, and what else is given."""
+    rows, dtype = _rows_per_block(student, teacher), _precision(student)
+    parts = [_split(each, rows) for each in (student, teacher, *(each.unsqueeze(-1) for each in given))]
+    for ours, theirs, *others in zip(*parts, strict=True):
+        yield ours.to(dtype), theirs.to(dtype), *(each.squeeze(-1) for each in others)
+
+
+def _rows_per_block(student: torch.Tensor, teacher: torch.Tensor) -> int:
+    return max(1, _BLOCK_SIZE // max(student.shape[-1], teacher.shape[-1], 1))
+
+
+def _split(tensor: torch.Tensor, rows: int) -> list[torch.Tensor]:
+    """Matrices of at most so many rows, in order. Only rows that are not evenly spaced in memory are copied, a block at most."""
+    if tensor.dim() <= 2:
+        return list(tensor.reshape(-1, tensor.shape[-1]).split(rows))
+    rows_each = tensor.shape[1:-1].numel()
+    if rows_each > rows:
+        return [block for part in tensor for block in _split(part, rows)]
+    return [part.reshape(-1, tensor.shape[-1]) for part in tensor.split(max(1, rows // max(rows_each, 1)))]
+
+
+def _precision(tensor: torch.Tensor) -> torch.dtype:
+    """Float32, or float64 where the tensor is."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def comparable(
+    student: torch.Tensor, teacher: torch.Tensor, *, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in float32 (float64 where the student is), the teacher without gradient, zeros where an item does not count.
+
+    For losses that look at all items at once: whatever stands at padding, NaN included, reaches neither a sum nor a gradient.
+
+    Args:
+        student: Shape (..., features), float.
+        teacher: Shape (..., features of its own), float.
+        mask: True where an item counts, shape (...) or one that can be broadcast to it.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0], [float("nan")]]), torch.tensor([[2.0], [3.0]])
+        >>> [each.tolist() for each in comparable(student, teacher, mask=torch.tensor([True, False]))]
+        [[[1.0], [0.0]], [[2.0], [0.0]]]
+    """
+    dtype = _precision(student)
+    both = student.to(dtype), teacher.detach().to(dtype)
+    if mask is None:
+        return both
+    student, teacher = (each.masked_fill(~mask.unsqueeze(-1), 0.0) for each in both)
+    return student, teacher
+
+
+def exactly(tensor: torch.Tensor) -> torch.autocast:
+    """A context in which matrix products of float32 stay float32, whatever autocast is on around it.
+
+    Example:
+        >>> ones = torch.ones(1, 1)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), exactly(ones):
+        ...     (ones @ ones).dtype
+        torch.float32
+    """
+    return torch.autocast(tensor.device.type, enabled=False)

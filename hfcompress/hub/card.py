@@ -10,12 +10,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
+from transformers.models.auto import modeling_auto as auto_names
 
 import hfcompress
 from hfcompress.checkpoints.portable import MODELING_FILE
 from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units
 from hfcompress.hub.picture import draw_layers, save_layers_picture
 from hfcompress.hub.verify import RouteCheck, is_4bit
+from hfcompress.measurement.metrics import PERCENTAGES
 
 RESULTS_FILE = "results.json"
 PICTURE_FILE = "layers.png"
@@ -26,6 +28,7 @@ _PIPELINES = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
+    "ForMultipleChoice": "multiple-choice",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
     "ForMaskedLM": "fill-mask",
@@ -37,6 +40,14 @@ _AUTO = {
     "image-classification": "AutoModelForImageClassification",
     "text-generation": "AutoModelForCausalLM",
     "fill-mask": "AutoModelForMaskedLM",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "audio-classification": "AutoModelForAudioClassification",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+}
+# Where the ending of a class does not say what it is for.
+_BY_MODEL = {
+    "audio-classification": auto_names.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    "text2text-generation": auto_names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 
 
@@ -132,7 +143,15 @@ def _units_of_steps(steps: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
 
 
 def _pipeline(config: Any) -> str | None:
-    architecture = (config.architectures or [""])[0]
+    architecture, kind = (config.architectures or [""])[0], config.model_type
+    for task, names in _BY_MODEL.items():
+        if names.get(kind) == architecture:
+            return task
+    reads_text = (
+        kind in auto_names.MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind in auto_names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+    if reads_text and auto_names.MODEL_MAPPING_NAMES.get(kind) == architecture:
+        return "feature-extraction"
     return next((task for ending, task in _PIPELINES.items() if architecture.endswith(ending)), None)
 
 
@@ -235,7 +254,7 @@ def _row(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _score(metric: dict[str, Any]) -> str:
-    factor, digits = (100, 2) if metric["name"] in ("accuracy", "macro_f1") else (1, 4)
+    factor, digits = (100, 2) if metric["name"] in PERCENTAGES else (1, 4)
     value, low, high = (f"{factor * metric[key]:.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 

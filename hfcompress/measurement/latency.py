@@ -238,7 +238,7 @@ def example_inputs(
 
     Returns:
         For text `input_ids` in [0, vocabulary) without the padding id, and `attention_mask` of ones, both
-        int64 (batch, length); for encoder-decoders also `decoder_input_ids`. For images `pixel_values`, standard
+        int64 (batch, length), for multiple choice (batch, 2, length); for encoder-decoders also `decoder_input_ids`. For images `pixel_values`, standard
         normal, (batch, channels, height, width) in the floating type of the model; for two towers both. For speech
         `input_values` (batch, length), or `input_features` (batch, mel bins, frames) with `decoder_input_ids`.
 
@@ -273,7 +273,10 @@ def example_inputs(
     if kind == "pixel_values" or (hasattr(config, "vision_config") and _takes(model, "pixel_values")):
         inputs["pixel_values"] = torch.randn(_image_shape(config, batch), generator=generator)
     if kind == "input_ids":
-        ids = _token_ids(model, batch, length, generator)
+        if type(model).__name__.endswith("ForMultipleChoice"):
+            ids = _token_ids(model, 2 * batch, length, generator).view(batch, 2, -1)
+        else:
+            ids = _token_ids(model, batch, length, generator)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "is_encoder_decoder", False) and _takes(model, "decoder_input_ids"):
         tokens = 1 if length is None and kind != "input_ids" else length
@@ -433,7 +436,7 @@ def input_shape(inputs: Inputs) -> tuple[int, int | None]:
     if not tensors:
         raise ValueError(f"inputs ({', '.join(inputs) or 'empty'}) hold no tensor; pass what the model's forward takes")
     tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    return tensors[0].shape[0], None if tokens is None else tokens.shape[1]
+    return tensors[0].shape[0], None if tokens is None else tokens.shape[-1 if tokens is inputs.get("input_ids") else 1]
 
 
 def _stacks(model: nn.Module) -> list[Sequence[nn.Module]]:

@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _Z95 = NormalDist().inv_cdf(0.975)
+PERCENTAGES = frozenset(  # metrics that people write in per cent
+    ("accuracy", "macro_f1", "f1", "exact_match", "rougeL")
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Metric:
         n: Number of examples behind it.
         low: Lower end of the interval.
         high: Upper end of the interval.
+        higher_is_better: Whether more of it is better.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Metric:
     n: int
     low: float
     high: float
+    higher_is_better: bool = True
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> Metric:
@@ -108,6 +113,38 @@ def mean_interval(
         low, high = _bootstrap(lambda rows: float(numbers[rows].mean()), n, resamples=resamples, seed=seed)
         return Metric(name, value, n, low, high)
     raise ValueError(f"method={method!r} is not known; choose 'normal' or 'bootstrap'")
+
+
+def ratio_of_sums(tops: ArrayLike, bottoms: ArrayLike) -> tuple[float, float, float]:
+    """Ratio of two sums over the same examples, with an interval.
+
+    Means are such ratios (of values and ones), and so are the F1 score of all entities of a corpus (of twice the hits and of what
+    was predicted and is true) and the mean loss of all its tokens. The interval is 1.96 standard errors of the ratio
+    estimator (Cochran 1977, "Sampling Techniques", equation 6.13) to either side.
+
+    Args:
+        tops: One number per example, shape (n,).
+        bottoms: One number per example, 0 or more, shape (n,).
+
+    Returns:
+        Ratio, lower and upper end. All 0 where the bottoms are; of one example the ends are the ratio itself.
+
+    Raises:
+        ValueError: The two differ in length, are empty, or a number is not finite.
+
+    Example:
+        >>> [round(number, 4) for number in ratio_of_sums([1.0, 3.0], [2.0, 2.0])]
+        [1.0, 0.02, 1.98]
+    """
+    _pair(tops, bottoms, "tops", "bottoms")
+    above, below = _numbers(tops, "tops"), _numbers(bottoms, "bottoms")
+    n, total = len(above), float(below.sum())
+    if total == 0:
+        return 0.0, 0.0, 0.0
+    value = float(above.sum()) / total
+    spread = float(np.sum((above - value * below) ** 2))
+    half = _Z95 * math.sqrt(n / (n - 1) * spread) / total if n > 1 else 0.0
+    return value, value - half, value + half
 
 
 def macro_f1(predictions: ArrayLike, labels: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Metric:

@@ -11,7 +11,7 @@ from hfcompress.pruning.pruner import Pruner
 from hfcompress.pruning.ranking import rank_units
 from hfcompress.pruning.repair import repair
 from hfcompress.pruning.schedules import make_schedule, update_steps
-from hfcompress.pruning.sensitivity import Sensitivity, measure_sensitivity
+from hfcompress.pruning.sensitivity import LayerSensitivity, Sensitivity, measure_layers, measure_sensitivity
 from hfcompress.pruning.stream import stream_gradients, stream_magnitude
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Curve",
     "Evidence",
     "Gates",
+    "LayerSensitivity",
     "Plan",
     "Pruner",
     "Sensitivity",
@@ -29,6 +30,7 @@ __all__ = [
     "gate_gradients",
     "make_budget",
     "make_schedule",
+    "measure_layers",
     "measure_sensitivity",
     "original_units",
     "rank_units",

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hfcompress.anatomy import find_sites
+from hfcompress.anatomy import StructureError, find_sites
+from hfcompress.anatomy.depth import droppable_layers
 from hfcompress.calibration import Batch, count_examples, divergence, frozen, prediction_mask, to_device
 from hfcompress.pruning.curves import Curve
 from hfcompress.pruning.gates import Gates
+from hfcompress.pruning.ranking import block_influence, layer_losses
 
 SHARES = (0.75, 0.5, 0.25, 0.0)
 
@@ -41,6 +43,55 @@ class Sensitivity:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What a whole layer is worth, all others being there.
+
+    Attributes:
+        layer: Its name.
+        divergence: Of the predictions without it, as in `Sensitivity`.
+        influence: How much it turns the hidden states; see `block_influence`.
+    """
+
+    layer: str
+    divergence: float
+    influence: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        return dict(vars(self))
+
+
+def measure_layers(model: nn.Module, batches: Sequence[Batch]) -> list[LayerSensitivity]:
+    """Leave out one layer at a time and see what that does to the predictions.
+
+    Args:
+        model: The model; it is left as it was.
+        batches: Calibration inputs.
+
+    Returns:
+        One entry per layer that could be dropped, in forward order.
+
+    Raises:
+        ValueError: There is no data.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 30}
+        >>> model = BertForSequenceClassification(BertConfig(**sizes))
+        >>> [entry.layer for entry in measure_layers(model, [{"input_ids": torch.randint(30, (4, 6))}])]
+        ['encoder.0', 'encoder.1']
+    """
+    try:
+        can_go = droppable_layers(model)
+    except StructureError:
+        return []
+    if not can_go:
+        return []
+    losses, influence = layer_losses(model, batches), block_influence(model, batches)
+    return [LayerSensitivity(name, loss, influence.get(name, 0.0)) for name, loss in losses.items() if name in can_go]
 
 
 def measure_sensitivity(

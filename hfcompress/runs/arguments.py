@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hfcompress.config import RecipeError
 
 
 def training_arguments(
-    output: str | Path, settings: dict[str, Any], *, seed: int, section: str = "train"
+    output: str | Path,
+    settings: dict[str, Any],
+    *,
+    seed: int,
+    section: str = "train",
+    generate_up_to: int | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:
     """Training arguments for one stage of a run.
 
@@ -26,6 +33,9 @@ def training_arguments(
         settings: Fields of `TrainingArguments`.
         seed: Of data order, dropout and initialisation.
         section: Name of the recipe's section, for error messages.
+        generate_up_to: Longest text that a sequence-to-sequence model generates when it is evaluated, in tokens; None for
+            other models.
+        defaults: Further fields, for those that the recipe does not name.
 
     Raises:
         RecipeError: A field does not exist or its value is not allowed; one line.
@@ -38,18 +48,21 @@ def training_arguments(
         ...
         hfcompress.config.RecipeError: train.learnin_rate is not a training argument; did you mean learning_rate?
     """
-    fields = {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}
+    cls = TrainingArguments if generate_up_to is None else Seq2SeqTrainingArguments
+    fields = {field.name: str(field.type) for field in dataclasses.fields(cls) if field.init}
     for key in settings:
         if key not in fields:
             close = difflib.get_close_matches(key, sorted(fields), n=1)
             hint = f"; did you mean {close[0]}?" if close else "; see transformers.TrainingArguments"
             raise RecipeError(f"{section}.{key} is not a training argument{hint}")
     settings = {key: _value(f"{section}.{key}", value, fields[key]) for key, value in settings.items()}
-    defaults: dict[str, Any] = {"report_to": "none"}
+    ours: dict[str, Any] = {"report_to": "none", **(defaults or {})}
     if not torch.accelerator.is_available():
-        defaults |= {"use_cpu": True, "dataloader_pin_memory": False}
+        ours |= {"use_cpu": True, "dataloader_pin_memory": False}
+    if generate_up_to is not None:
+        ours |= {"predict_with_generate": True, "generation_max_length": generate_up_to}
     try:
-        return TrainingArguments(str(output), seed=seed, **{**defaults, **settings})
+        return cls(str(output), seed=seed, **{**ours, **settings})
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{section}: {' '.join(str(error).split())}") from error
 

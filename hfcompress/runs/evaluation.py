@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.trainer_pt_utils import nested_concat, nested_numpify
 
 from hfcompress.checkpoints.io import load
 from hfcompress.config import MeasureConfig
 from hfcompress.measurement import (
     Metric,
-    accuracy,
     compare_latency,
     count_flops,
     count_parameters,
@@ -26,7 +26,6 @@ from hfcompress.measurement import (
     example_inputs,
     mcnemar,
     memory_bytes,
-    pearson,
     speedup,
 )
 from hfcompress.tasks import PreparedTask
@@ -35,18 +34,39 @@ from hfcompress.tasks.scores import decide
 logger = logging.getLogger(__name__)
 
 
-def predict(model: nn.Module, task: PreparedTask, *, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions and labels for the whole evaluation data; shapes (n,), or (n, classes) for several labels at once."""
+def run_on(model: nn.Module, task: PreparedTask) -> tuple[Any, Any]:
+    """What scoring keeps of a model's outputs for the whole evaluation data, and the labels; arrays, or several.
+
+    Lengths that differ from batch to batch are filled up with -100, as a Trainer does. Where there are no labels they are None.
+    """
     device = next(model.parameters()).device
-    loader = DataLoader(task.eval_dataset, batch_size=batch, collate_fn=task.data_collator)  # type: ignore[arg-type]
-    logits, labels = [], []
+    scores = task.compute_metrics
+    loader = DataLoader(task.eval_dataset, batch_size=scores.batch, collate_fn=task.data_collator)  # type: ignore[arg-type]
+    outputs, labels = None, None
     model.eval()
     for inputs in tqdm(loader, desc="evaluating", leave=False, delay=2):
-        labels.append(inputs.pop("labels"))
+        given = tuple(inputs.pop(name).to(device) for name in task.label_columns)
+        truth = given[0] if len(given) == 1 else given or None
         moved = {name: _fit(value, device, model) for name, value in inputs.items()}
         with torch.inference_mode():
-            logits.append(model(**moved).logits.float().cpu())
-    return decide(torch.cat(logits).numpy(), task.problem_type), torch.cat(labels).numpy()
+            outputs = _append(outputs, scores.run(model, moved, truth))
+        labels = _append(labels, truth)
+    return nested_numpify(outputs), None if labels is None else nested_numpify(labels)
+
+
+def _append(collected: Any, more: Any) -> Any:
+    """Tensors of another batch, or several, below those collected so far, in main memory."""
+    if more is None:
+        return None
+    more = tuple(part.cpu() for part in more) if isinstance(more, tuple) else more.cpu()
+    return more if collected is None else nested_concat(collected, more, padding_index=-100)
+
+
+def predict(model: nn.Module, task: PreparedTask) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions and labels of a classification for the whole evaluation data; shapes (n,), or (n, classes) for several labels at once."""
+    outputs, labels = run_on(model, task)
+    assert task.problem_type is not None
+    return decide(outputs, task.problem_type), labels
 
 
 def _fit(value: torch.Tensor, device: torch.device, model: nn.Module) -> torch.Tensor:
@@ -54,25 +74,20 @@ def _fit(value: torch.Tensor, device: torch.device, model: nn.Module) -> torch.T
     return value.to(device, dtype=model.dtype if value.is_floating_point() else None)  # type: ignore[arg-type]
 
 
-def score(predictions: np.ndarray, labels: np.ndarray, task: PreparedTask) -> Metric:
-    """Accuracy (of several labels at once: all of them right), or the correlation of a quantity, with its 95 % interval."""
-    if task.problem_type == "multi_label_classification":
-        exact = (predictions == labels).all(axis=1)
-        return accuracy(exact, np.ones(len(exact), dtype=bool))
-    return pearson(predictions, labels) if task.problem_type == "regression" else accuracy(predictions, labels)
-
-
 Rate = Callable[[nn.Module], tuple[Metric, np.ndarray | None]]
-"""Scores a model: the metric, and for classification which examples were right, shape (n,)."""
+"""Scores a model: the metric, and where answers are right or wrong which were right, shape (n,)."""
 
 
 def rate_on(task: PreparedTask) -> Rate:
-    """What scores a model on the evaluation data of a task."""
+    """What scores models on the evaluation data of a task; where there are no labels, by the outputs of the first of them."""
+    reference = None
 
     def rate(model: nn.Module) -> tuple[Metric, np.ndarray | None]:
-        predictions, labels = predict(model, task)
-        single = task.problem_type == "single_label_classification"
-        return score(predictions, labels, task), predictions == labels if single else None
+        nonlocal reference
+        outputs, labels = run_on(model, task)
+        if labels is None:
+            reference = outputs if reference is None else reference
+        return task.compute_metrics.measure(outputs, reference if labels is None else labels)
 
     return rate
 

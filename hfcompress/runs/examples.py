@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +23,23 @@ from hfcompress.tasks.columns import Columns, may_hold_labels, text_columns
 from hfcompress.tasks.corpus import read_corpus
 from hfcompress.tasks.errors import DataError
 from hfcompress.tasks.preparation import find_task
+from hfcompress.tasks.scores import TokenScores
 from hfcompress.tasks.sources import Source, read_rows, read_sources
 
 _CLASSIFIERS = {"ForSequenceClassification": "text-classification", "ForImageClassification": "image-classification"}
 
 
 def drop(dense: Metric, other: Metric) -> float:
-    """How much worse a model is than the dense one: points of a share, per cent of perplexity.
+    """How much worse a model is than the dense one: points of a share, per cent of what is better when lower (perplexity).
 
     Example:
         >>> drop(Metric("accuracy", 0.9, n=100, low=0.8, high=1.0), Metric("accuracy", 0.885, n=100, low=0.8, high=1.0))
         1.5
-        >>> drop(Metric("perplexity", 10.0, n=9, low=9.0, high=11.0), Metric("perplexity", 12.0, n=9, low=11.0, high=13.0))
+        >>> before, after = (Metric("perplexity", v, n=9, low=v - 1, high=v + 1, higher_is_better=False) for v in (10.0, 12.0))
+        >>> drop(before, after)
         20.0
     """
-    if dense.name == "perplexity":
+    if not dense.higher_is_better:
         return round(100 * (other.value / dense.value - 1), 6)
     return round(100 * (dense.value - other.value), 6)
 
@@ -119,14 +120,13 @@ def _unlabelled(
     processor = inputs.load_processor(folder, revision=None, trust_remote_code=False)
     if inputs.kind == "image":
         sources = [_images(data)]
-        columns = Columns("", image=sources[0].rows.column_names[0])
+        columns = Columns(None, (sources[0].rows.column_names[0],))
     else:
         sources = read_rows(data.train, key="data.train")
-        columns = Columns("", text=text_columns(sources[0].rows.features, _columns(data)))
-    opened = datasets.concatenate_datasets([inputs.open(_filled(source, columns), columns) for source in sources])
-    encoded = inputs.encode(
-        opened, columns=columns, processor=processor, config=data, model_config=model.config, where="examples"
-    )
+        columns = Columns(None, text_columns(sources[0].rows.features, _columns(data)))
+        sources = [_filled(source, columns) for source in sources]
+    opened = datasets.concatenate_datasets([inputs.open(source, columns, config=data) for source in sources])
+    encoded = inputs.encode(opened, processor=processor, config=data, model_config=model.config, where="examples")
     collate = inputs.collator(processor, config=data, model_config=model.config)
     batches = _chosen(encoded, collate, samples=samples, seed=seed, batch=batch)
     return Examples(batches, min(samples, len(encoded)), None)
@@ -161,10 +161,7 @@ def _images(data: DataConfig) -> Source:
 
 def _filled(source: Source, columns: Columns) -> Source:
     """Without rows that have no text: empty lines of a file are no examples."""
-    names = columns.text
-    if names is None:
-        return source
-    lists = [source.rows[name] for name in names]
+    lists = [source.rows[name] for name in columns.inputs]
     kept = [row for row, texts in enumerate(zip(*lists, strict=True)) if all(text and text.strip() for text in texts)]
     if not kept:
         raise DataError(f"data.train: {source.name} has no text")
@@ -228,16 +225,11 @@ def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch: int = 8) -> Met
         The metric; its 95 % interval is from the spread of the blocks' means, n is the number of tokens that are predicted.
     """
     device = next(model.parameters()).device
-    losses = []
+    scores, kept = TokenScores(shifted=True), []
     model.eval()
     for start in tqdm(range(0, len(blocks), batch), desc="perplexity", leave=False, delay=2):
         ids = blocks[start : start + batch].to(device)
         with torch.inference_mode():
-            logits = model(**_batch(ids)).logits.float()
-        every = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        losses.append(every.mean(1).double().cpu())
-    means = torch.cat(losses)
-    mean = float(means.mean())
-    margin = 1.96 * float(means.std() / len(means) ** 0.5) if len(means) > 1 else 0.0
-    value, low, high = (math.exp(number) for number in (mean, mean - margin, mean + margin))
-    return Metric("perplexity", value, n=blocks[:, 1:].numel(), low=low, high=high)
+            kept.append(scores.run(model, _batch(ids), ids).cpu())
+    metric, _ = scores.measure(torch.cat(kept).numpy(), blocks.numpy())
+    return metric

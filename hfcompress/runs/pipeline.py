@@ -26,7 +26,8 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from hfcompress.checkpoints.io import load
-from hfcompress.config import DataConfig, ModelConfig, Recipe, RecipeError, Target, TeacherConfig
+from hfcompress.config import AssistantConfig, DataConfig, ModelConfig, Recipe, RecipeError, Target
+from hfcompress.distillation import make_student
 from hfcompress.hub import push_folder, save_probe, verify_folder, write_card
 from hfcompress.hub.card import RESULTS_FILE, read_results
 from hfcompress.hub.picture import save_tradeoff_picture
@@ -36,8 +37,19 @@ from hfcompress.quantization import quantize
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.examples import drop
 from hfcompress.runs.processors import copy_processor
+from hfcompress.runs.teaching import CACHE_FOLDER, open_teachers
 from hfcompress.tasks import PreparedTask, prepare
-from hfcompress.training import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer
+from hfcompress.tasks.writing import WritingScores
+from hfcompress.training import (
+    CompressionTrainer,
+    DistillationTrainer,
+    PlainTrainer,
+    PruningTrainer,
+    Seq2SeqCompressionTrainer,
+    Seq2SeqDistillationTrainer,
+    Seq2SeqPlainTrainer,
+    Seq2SeqPruningTrainer,
+)
 from hfcompress.training.pruning import goal_folder
 
 logger = logging.getLogger(__name__)
@@ -108,6 +120,7 @@ class Run:
         for name in sorted(names):
             for folder in (self.output / name, self.output / f"{name}-checkpoints"):
                 shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.output / CACHE_FOLDER, ignore_errors=True)
         for path in (*marks, self.output / RECIPE_FILE, self.output / RESULTS_FILE, self.output / TRADEOFF_FILE):
             path.unlink(missing_ok=True)
 
@@ -165,7 +178,8 @@ class Run:
         lost = {row["name"]: drop(Metric(**rows[0]["metric"]), Metric(**row["metric"])) for row in rows[1:]}
         within = [row for row in rows[1:] if lost[row["name"]] <= target.max_drop]
         if not within:
-            self._say(f"No model loses {target.max_drop} points or less; the least is lost by {_least(rows)['name']}")
+            least = min(rows[1:], key=lambda row: lost[row["name"]])["name"]
+            self._say(f"No model loses {target.max_drop} points or less; the least is lost by {least}")
             return
         best = max(within, key=lambda row: row["speedup"]["median"])
         facts = f"{best['speedup']['median']:.2f}x, {lost[best['name']]:.2f} lost"
@@ -174,14 +188,11 @@ class Run:
     def prepare(self) -> PreparedTask:
         """Read and encode the data."""
         recipe = self.recipe
-        source = (
-            recipe.model
-            if recipe.model is not None
-            else ModelConfig(name=str((recipe.teacher or TeacherConfig()).name))
-        )
+        source = recipe.model if recipe.model is not None else ModelConfig(name=str(self._named_teacher()))
         teacher_labels = None
-        if recipe.teacher is not None and recipe.teacher.name is not None and recipe.model is not None:
-            names = transformers.AutoConfig.from_pretrained(recipe.teacher.name).id2label
+        named = self._named_teacher()
+        if named is not None and recipe.model is not None:
+            names = transformers.AutoConfig.from_pretrained(named).id2label
             teacher_labels = [names[number] for number in sorted(names)]
         return prepare(
             self.data,
@@ -196,12 +207,17 @@ class Run:
         )
 
     def _teacher_folder(self) -> Path:
-        named = self.recipe.teacher.name if self.recipe.teacher is not None else None
+        named = self._named_teacher()
         return Path(named) if named is not None and Path(named).is_dir() else self.output / TEACHER
 
+    def _named_teacher(self) -> str | None:
+        """The fine-tuned model that the recipe names; of several the first."""
+        names = self.recipe.teacher.names if self.recipe.teacher is not None else []
+        return names[0] if names else None
+
     def make_teacher(self, task: PreparedTask) -> nn.Module:
-        """The fine-tuned model to learn from: loaded if the recipe names one, else trained."""
-        named = self.recipe.teacher.name if self.recipe.teacher is not None else None
+        """The fine-tuned model to start from and to be measured against: loaded if the recipe names one, else trained."""
+        named = self._named_teacher()
         folder = self.output / TEACHER
         cls = getattr(transformers, task.auto_class)
         if named is not None:
@@ -214,11 +230,15 @@ class Run:
         if self._is_done(TEACHER):
             logger.info("the teacher in %s is there already", folder)
             return self._named(cls.from_pretrained(folder, dtype=torch.float32))
+        if not task.label_columns:
+            self._say(f"{self.recipe.model.name} is the teacher as it is: the task has no labels to fine-tune it on")
+            return self._named(self._keep(TEACHER, task, self._start(task)))
         self._say(f"Fine-tuning {self.recipe.model.name} as the teacher")
         settings = {**self.recipe.train, **(self.recipe.teacher.train if self.recipe.teacher is not None else {})}
 
         def make(args: Any, common: dict[str, Any]) -> Any:
-            return PlainTrainer(model=self._start(task), args=args, **common)
+            trainer = Seq2SeqPlainTrainer if task.generates else PlainTrainer
+            return trainer(model=self._start(task), args=args, **common)
 
         return self._named(self._train(TEACHER, task, make, settings))
 
@@ -247,21 +267,64 @@ class Run:
             logger.info("the student in %s is there already", folder)
             return load(folder)
         recipe = self.recipe
-        both = recipe.model is not None and recipe.teacher is not None and recipe.teacher.name is not None
+        teacher_folder = self._teacher_folder()
+        if recipe.distill is not None:
+            teacher_folder = self.make_assistants(task, teacher)
         doing = [
             word for word, section in (("pruning", recipe.prune), ("distilling", recipe.distill)) if section is not None
         ]
         self._say(f"{' and '.join(doing).capitalize()} the student")
 
         def make(args: Any, common: dict[str, Any]) -> Any:
-            student = self._start(task) if both else copy.deepcopy(teacher)
+            student = self._first_student(task, teacher)
+            learn_from = (
+                open_teachers(recipe, teacher_folder, student, args, task, self.output)
+                if recipe.distill is not None
+                else None
+            )
+            common = {"model": student, "recipe": recipe, "args": args, **common}
             if recipe.prune is None:
-                return DistillationTrainer(model=student, teacher=teacher, recipe=recipe, args=args, **common)
+                distilling = Seq2SeqDistillationTrainer if task.generates else DistillationTrainer
+                return distilling(teacher=learn_from, **common)
             if recipe.distill is None:
-                return PruningTrainer(model=student, recipe=recipe, args=args, **common)
-            return CompressionTrainer(model=student, teacher=teacher, recipe=recipe, args=args, **common)
+                return (Seq2SeqPruningTrainer if task.generates else PruningTrainer)(**common)
+            return (Seq2SeqCompressionTrainer if task.generates else CompressionTrainer)(teacher=learn_from, **common)
 
         return self._train(STUDENT, task, make, recipe.train)
+
+    def _first_student(self, task: PreparedTask, teacher: nn.Module) -> nn.Module:
+        """What the student is before it is trained: the recipe's own model, or the teacher or a part of it."""
+        recipe = self.recipe
+        if recipe.student is not None:
+            transformers.set_seed(recipe.seed)
+            return make_student(teacher, **recipe.student.model_dump())  # type: ignore[arg-type]
+        both = recipe.model is not None and self._named_teacher() is not None
+        return self._start(task) if both else copy.deepcopy(teacher)
+
+    def make_assistants(self, task: PreparedTask, teacher: nn.Module) -> Path:
+        """The models between teacher and student, each distilled from the one before. Returns the folder of the last."""
+        before = self._teacher_folder()
+        config = self.recipe.teacher
+        for number, assistant in enumerate(config.assistants if config is not None else [], start=1):
+            name = f"assistant-{number}"
+            if not self._is_done(name):
+                self._say(f"Distilling assistant {number} of {assistant.layers} layers from {before.name}")
+                self._make_assistant(name, assistant, task, teacher, taught=before)
+            before = self.output / name
+        return before
+
+    def _make_assistant(
+        self, name: str, config: AssistantConfig, task: PreparedTask, teacher: nn.Module, *, taught: Path
+    ) -> None:
+        plain = Recipe(distill=self.recipe.distill, data=self.recipe.data, teacher=self.recipe.teacher)
+
+        def make(args: Any, common: dict[str, Any]) -> Any:
+            student = make_student(teacher, layers=config.layers)  # type: ignore[arg-type]
+            learn_from = open_teachers(plain, taught, student, args, task, self.output / f"{name}-checkpoints")
+            trainer = Seq2SeqDistillationTrainer if task.generates else DistillationTrainer
+            return trainer(model=student, teacher=learn_from, recipe=plain, args=args, **common)
+
+        self._train(name, task, make, {**self.recipe.train, **config.train})
 
     def _train(
         self, name: str, task: PreparedTask, make: Callable[[Any, dict[str, Any]], Any], settings: dict[str, Any]
@@ -269,13 +332,14 @@ class Run:
         """Train one model, going on from its last checkpoint if there is one, and save it."""
         checkpoints = self.output / f"{name}-checkpoints"
         section = "train" if name == STUDENT else "teacher.train"
-        args = training_arguments(checkpoints, settings, seed=self.recipe.seed, section=section)
+        args = self._arguments(task, checkpoints, settings, section)
         common = {
             "train_dataset": task.train_dataset,
             "eval_dataset": task.eval_dataset,
             "processing_class": task.processing_class,
             "data_collator": task.data_collator,
             "compute_metrics": task.compute_metrics,
+            "preprocess_logits_for_metrics": task.preprocess_logits_for_metrics,
         }
         trainer = make(args, common)
         last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
@@ -287,11 +351,44 @@ class Run:
             self._collect_goals(checkpoints)
         model = trainer.accelerator.unwrap_model(trainer.model)
         self._require_agreement(model)
+        self._finish(name, model)
+        return model
+
+    def _arguments(self, task: PreparedTask, output: Path, settings: dict[str, Any], section: str) -> Any:
+        """The training arguments of a stage, with what the task asks for.
+
+        Raises:
+            RecipeError: The recipe asks for what the task cannot do.
+        """
+        scores = task.compute_metrics
+        if scores.in_order and settings.get("train_sampling_strategy") == "group_by_length":
+            raise RecipeError(
+                f"{section}.train_sampling_strategy: group_by_length also shuffles what is evaluated on, and {self.task_name} needs its"
+                " order; leave it out"
+            )
+        best = str(settings.get("metric_for_best_model", "")).removeprefix("eval_") == task.metric_name
+        return training_arguments(
+            output,
+            settings,
+            seed=self.recipe.seed,
+            section=section,
+            generate_up_to=scores.longest if isinstance(scores, WritingScores) else None,
+            defaults={"greater_is_better": scores.higher_is_better} if best else None,
+        )
+
+    def _keep(self, name: str, task: PreparedTask, model: Any) -> nn.Module:
+        """Save a model that needs no training."""
+        if self.state.is_main_process:
+            model.save_pretrained(self.output / name)
+            task.processing_class.save_pretrained(self.output / name)
+        self._finish(name, model)
+        return model
+
+    def _finish(self, name: str, model: nn.Module) -> None:
         if self.state.is_main_process:
             save_probe(model, self.output / name)
             self._mark_done(name)
         self.state.wait_for_everyone()
-        return model
 
     def _collect_goals(self, checkpoints: Path) -> None:
         """Put the models of the targets on the way beside the student."""
@@ -398,10 +495,6 @@ class Run:
 def _goal(quantity: str, goal: float) -> str:
     """A target in few letters: "2x" of a speedup."""
     return f"{goal:g}x" if quantity == "speedup" else f"{quantity} {goal:g}"
-
-
-def _least(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return max(rows[1:], key=lambda row: row["metric"]["value"])
 
 
 _GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")

@@ -22,7 +22,16 @@ from hfcompress.hub import save_probe, verify_folder, write_card
 from hfcompress.hub.card import RESULTS_FILE
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import Metric, provenance
-from hfcompress.pruning import BudgetError, Curve, Pruner, Sensitivity, measure_sensitivity, rank_units
+from hfcompress.pruning import (
+    BudgetError,
+    Curve,
+    LayerSensitivity,
+    Pruner,
+    Sensitivity,
+    measure_layers,
+    measure_sensitivity,
+    rank_units,
+)
 from hfcompress.runs.evaluation import device_of, measure_folders
 from hfcompress.runs.examples import Examples, drop, read_examples
 from hfcompress.runs.processors import copy_processor
@@ -265,9 +274,9 @@ def _local(source: str) -> Path:
 
 def sensitivity_of(
     source: str, criterion: CriterionConfig, data: DataConfig, *, measure: MeasureConfig, seed: int
-) -> list[Sensitivity]:
-    """What the units of each site of a saved model are worth; see `measure_sensitivity`."""
+) -> tuple[list[Sensitivity], list[LayerSensitivity]]:
+    """What the units of each site of a saved model are worth, and its layers; see `measure_sensitivity` and `measure_layers`."""
     model, _ = _open(source, measure)
     examples = read_examples(model, source, data, samples=criterion.samples, seed=seed)
     curves = rank_units(model, criterion.name, examples.batches, seed=seed)
-    return measure_sensitivity(model, examples.batches, curves)
+    return measure_sensitivity(model, examples.batches, curves), measure_layers(model, examples.batches)

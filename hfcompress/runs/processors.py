@@ -1,11 +1,11 @@
-"""Tokenizers and image processors travel with the model."""
+"""Tokenizers, image processors and feature extractors travel with the model."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 _FILES = (
     "tokenizer.json",
@@ -25,7 +25,7 @@ _FILES = (
 
 
 def copy_processor(source: str | Path, target: str | Path) -> None:
-    """Put the tokenizer or image processor of a folder or repository into another folder; there may be none.
+    """Put the tokenizer, image processor or feature extractor of a folder or repository into another folder; there may be none.
 
     Args:
         source: A folder, or a repository on the Hub.
@@ -36,8 +36,8 @@ def copy_processor(source: str | Path, target: str | Path) -> None:
             if (Path(source) / name).is_file():
                 shutil.copy(Path(source) / name, Path(target) / name)
         return
-    for kind in (AutoTokenizer, AutoImageProcessor):
+    for kind in (AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor):
         try:
             kind.from_pretrained(source).save_pretrained(target)
         except (OSError, ValueError, KeyError, ImportError):
-            continue  # a text model has no image processor, and the other way round
+            continue  # a text model has no image processor, and so on

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hfcompress.pruning import Sensitivity
+from hfcompress.measurement.metrics import PERCENTAGES
+from hfcompress.pruning import LayerSensitivity, Sensitivity
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
@@ -36,7 +37,7 @@ def _cells(row: dict[str, Any], *, scored: bool) -> list[str]:
     cells = [row["name"]]
     if scored:
         metric = row["metric"]
-        scale, digits = (100, 2) if metric["name"] in ("accuracy", "macro_f1") else (1, 4)
+        scale, digits = (100, 2) if metric["name"] in PERCENTAGES else (1, 4)
         cells.append(f"{scale * metric['value']:.{digits}f}")
         cells.append(f"{scale * metric['low']:.{digits}f} to {scale * metric['high']:.{digits}f}")
     latency = row["latency"]
@@ -48,6 +49,20 @@ def _cells(row: dict[str, Any], *, scored: bool) -> list[str]:
     cells.append(f"{row['speedup']['median']:.2f}x" if "speedup" in row else "1.00x")
     cells.append(f"{row['layers_speedup']['median']:.2f}x" if "layers_speedup" in row else "1.00x")
     return cells
+
+
+def format_layers(found: Sequence[LayerSensitivity]) -> str:
+    """What each layer is worth, as an aligned table.
+
+    Example:
+        >>> print(format_layers([LayerSensitivity("encoder.0", 0.25, 0.1)]))
+        without the layer   nats per example   block influence
+        encoder.0                     0.2500             0.100
+    """
+    lines = [f"{'without the layer':<17}   {'nats per example':>16}   {'block influence':>15}"]
+    for entry in found:
+        lines.append(f"{entry.layer:<17}   {entry.divergence:>16.4f}   {entry.influence:>15.3f}")
+    return "\n".join(lines)
 
 
 def format_sensitivities(found: Sequence[Sensitivity]) -> str:

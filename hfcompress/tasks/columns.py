@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import datasets
 from hfcompress.config import DataConfig
 from hfcompress.tasks.errors import DataError, unknown_name
 
-Kind = Literal["text", "image"]
+Kind = Literal["text", "image", "audio"]
 
 # What most data sets on the Hub call these things; compared without regard to case.
 LABEL_NAMES = frozenset(
@@ -21,6 +21,7 @@ TEXT_NAMES = frozenset(
     ("sentence", "content", "review", "question", "utterance", "query", "comment", "tweet", "document")
 ) | {"message", "phrase", "body"}
 IMAGE_NAMES = frozenset(("image", "img", "picture", "photo"))
+AUDIO_NAMES = ("audio", "sound", "speech", "recording", "wav", "file", "file_name", "path")
 PAIRS = (
     ("sentence1", "sentence2"),
     ("sentence_a", "sentence_b"),
@@ -40,35 +41,34 @@ class Columns:
     """The columns a task reads.
 
     Attributes:
-        label: Column of labels.
-        text: One column of text or two (a pair of sentences), or None.
-        image: Column of images, or None.
+        label: Column of what is to be predicted; None where that follows from the inputs.
+        inputs: Columns of the inputs, in the order the task reads them.
+        choices: Columns of choices: one of lists, or one per choice.
+
+    Example:
+        >>> Columns("y", ("a", "b")).all
+        ('a', 'b', 'y')
     """
 
-    label: str
-    text: tuple[str, ...] | None = None
-    image: str | None = None
+    label: str | None
+    inputs: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Every column named, inputs first.
-
-        Example:
-            >>> Columns(label="y", text=("a", "b")).all
-            ('a', 'b', 'y')
-        """
-        return (*(self.text or ()), *((self.image,) if self.image else ()), self.label)
+        """Every column named, inputs first."""
+        return (*self.inputs, *self.choices, *((self.label,) if self.label is not None else ()))
 
 
 def detect_columns(features: Mapping[str, Any], config: DataConfig, kind: Kind) -> Columns:
-    """Find the columns of the inputs and of the label.
+    """Find the columns of the inputs and of the label of a classification.
 
     Names given in `config` are checked. The others are found by type and by customary name.
 
     Args:
         features: Column names and types, as in `Dataset.features`.
         config: The `data` section of a recipe.
-        kind: Whether the inputs are texts or images.
+        kind: Whether the inputs are texts, images or sounds.
 
     Returns:
         The columns.
@@ -80,23 +80,16 @@ def detect_columns(features: Mapping[str, Any], config: DataConfig, kind: Kind) 
         >>> string, number = datasets.Value("string"), datasets.Value("int64")
         >>> features = {"idx": number, "utterance": string, "intent": string}
         >>> detect_columns(features, DataConfig(train="a.csv"), "text")
-        Columns(label='intent', text=('utterance',), image=None)
+        Columns(label='intent', inputs=('utterance',), choices=())
     """
-    text = (config.text,) if isinstance(config.text, str) else tuple(config.text or ())
-    told = {"data.text": text, "data.image": (config.image,), "data.label": (config.label,)}
-    for key, names in told.items():
+    inputs = told_inputs(config, kind)
+    for key, names in ((f"data.{kind}", inputs), ("data.label", told(config.label))):
         for name in names:
-            if name is not None and name not in features:
+            if name not in features:
                 raise unknown_name(key, "column", name, features)
-    inputs = text if kind == "text" else ((config.image,) if config.image else ())
     label = config.label or _label_by_name({n: f for n, f in features.items() if n not in inputs})
-    free = {name: feature for name, feature in features.items() if name != label}
-    if not inputs:
-        inputs = _find_text(free) if kind == "text" else _find_image(free)
-    if len({*inputs, label}) != len(inputs) + 1:
-        raise DataError(
-            f"data: a column is named twice among text, image and label: {', '.join([*inputs, str(label)])}"
-        )
+    inputs = inputs or _find_inputs({name: feature for name, feature in features.items() if name != label}, kind)
+    require_distinct(*inputs, label)
     for name in inputs:
         _check_input(name, features[name], kind)
     if label is None:
@@ -106,7 +99,80 @@ def detect_columns(features: Mapping[str, Any], config: DataConfig, kind: Kind) 
             f"data.label: column {label!r} holds {_type_name(features[label])};"
             " labels are strings, whole numbers, booleans, decimals (regression) or lists (several labels)"
         )
-    return Columns(label, text=inputs) if kind == "text" else Columns(label, image=inputs[0])
+    return Columns(label, inputs)
+
+
+def told(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names as a recipe gives them, one or several or none.
+
+    Example:
+        >>> told("a"), told(["a", "b"]), told(None)
+        (('a',), ('a', 'b'), ())
+    """
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def told_inputs(config: DataConfig, kind: Kind) -> tuple[str, ...]:
+    """The columns of inputs that a recipe names."""
+    return told({"text": config.text, "image": config.image, "audio": config.audio}[kind])
+
+
+def require_distinct(*names: str | None) -> None:
+    """Refuse the same column in two places.
+
+    Raises:
+        DataError: A column is named twice.
+    """
+    given = [name for name in names if name is not None]
+    if len(set(given)) != len(given):
+        raise DataError(f"data: a column is named twice among inputs and label: {', '.join(given)}")
+
+
+def choose_column(
+    key: str,
+    what: str,
+    features: Mapping[str, Any],
+    *,
+    name: str | None,
+    customary: Sequence[str],
+    fits: Callable[[Any], bool],
+    wanted: str,
+) -> str:
+    """One column: as told, else by the first customary name that is there, else the only one of the right type.
+
+    Args:
+        key: Key of the recipe that names it.
+        what: What it holds, for a message.
+        features: Column names and types to choose from.
+        name: Its name, or None.
+        customary: Names in the order of preference, compared without regard to case.
+        fits: Whether a type is right.
+        wanted: The right type in words.
+
+    Returns:
+        The name.
+
+    Raises:
+        DataError: The column is not there, has the wrong type, or cannot be told from others.
+
+    Example:
+        >>> features = {"Summary": datasets.Value("string"), "article": datasets.Value("string")}
+        >>> options = {"name": None, "customary": ("target", "summary"), "fits": is_string, "wanted": "text"}
+        >>> choose_column("data.label", "texts to write", features, **options)
+        'Summary'
+    """
+    if name is not None:
+        if name not in features:
+            raise unknown_name(key, "column", name, features)
+        if not fits(features[name]):
+            raise DataError(f"{key}: column {name!r} holds {_type_name(features[name])}, not {wanted}")
+        return name
+    usable = {other: feature for other, feature in features.items() if fits(feature) and not _counts_rows(other)}
+    folded = {other.casefold(): other for other in reversed(usable)}
+    found = next((folded[other] for other in customary if other in folded), None)
+    if found is None and len(usable) != 1:
+        raise _doubt(key, what, features, f"set {key} to its name")
+    return found or next(iter(usable))
 
 
 def may_hold_labels(features: Mapping[str, Any], config: DataConfig, kind: Kind) -> bool:
@@ -115,7 +181,7 @@ def may_hold_labels(features: Mapping[str, Any], config: DataConfig, kind: Kind)
     Args:
         features: Column names and types, as in `Dataset.features`.
         config: The `data` section of a recipe.
-        kind: Whether the inputs are texts or images.
+        kind: Whether the inputs are texts, images or sounds.
 
     Raises:
         DataError: An input is not there, or cannot be told from others.
@@ -128,9 +194,7 @@ def may_hold_labels(features: Mapping[str, Any], config: DataConfig, kind: Kind)
     """
     if config.label is not None:
         return True
-    given = (config.text,) if isinstance(config.text, str) else tuple(config.text or ())
-    inputs = given if kind == "text" else ((config.image,) if config.image else ())
-    inputs = inputs or (_find_text(features) if kind == "text" else _find_image(features))
+    inputs = told_inputs(config, kind) or _find_inputs(features, kind)
     rest = {name: feature for name, feature in features.items() if name not in inputs and not _counts_rows(name)}
     return any(_can_be_label(feature) for feature in rest.values())
 
@@ -199,7 +263,7 @@ def _label_by_elimination(features: Mapping[str, Any], inputs: tuple[str, ...]) 
 
 
 def _find_text(features: Mapping[str, Any]) -> tuple[str, ...]:
-    strings = {n: f for n, f in features.items() if _is_string(f) and not _counts_rows(n)}
+    strings = {n: f for n, f in features.items() if is_string(f) and not _counts_rows(n)}
     strings = {n: f for n, f in strings.items() if n.casefold() not in LABEL_NAMES} or strings
     if len(strings) == 1:
         return tuple(strings)
@@ -215,6 +279,18 @@ def _find_text(features: Mapping[str, Any]) -> tuple[str, ...]:
     raise _doubt("data.text", "text", features, "set data.text to its name, or to two names for a pair of sentences")
 
 
+def _find_inputs(features: Mapping[str, Any], kind: Kind) -> tuple[str, ...]:
+    if kind == "text":
+        return _find_text(features)
+    if kind == "image":
+        return _find_image(features)
+    sounds = {name: feature for name, feature in features.items() if is_sound(feature)}
+    options: dict[str, Any] = {"name": None, "customary": AUDIO_NAMES, "wanted": "sounds"}
+    if sounds or not any(name in AUDIO_NAMES for name in map(str.casefold, features)):
+        return (choose_column("data.audio", "sounds", features, fits=is_sound, **options),)
+    return (choose_column("data.audio", "sounds", features, fits=is_string, **options),)  # names of files
+
+
 def _find_image(features: Mapping[str, Any]) -> tuple[str, ...]:
     images = {name: feature for name, feature in features.items() if _is_image(feature)}
     named = _named(IMAGE_NAMES, images)
@@ -224,10 +300,14 @@ def _find_image(features: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _check_input(name: str, feature: Any, kind: Kind) -> None:
-    if kind == "text" and not _is_string(feature):
+    if kind == "text" and not is_string(feature):
         raise DataError(f"data.text: column {name!r} holds {_type_name(feature)}, not text")
-    if kind == "image" and not (_is_image(feature) or _is_string(feature)):
+    if kind == "image" and not (_is_image(feature) or is_string(feature)):
         raise DataError(f"data.image: column {name!r} holds {_type_name(feature)}, not images or file names")
+    if kind == "audio" and not (is_sound(feature) or is_string(feature)):
+        raise DataError(
+            f"data.audio: column {name!r} holds {_type_name(feature)}, not sounds, lists of samples or file names"
+        )
 
 
 def _counts_rows(name: str) -> bool:
@@ -236,7 +316,8 @@ def _counts_rows(name: str) -> bool:
     return folded in ROW_NUMBERS or folded.startswith(("unnamed:", "__index_level_")) or not folded.strip()
 
 
-def _is_string(feature: Any) -> bool:
+def is_string(feature: Any) -> bool:
+    """Whether a column holds text."""
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
@@ -244,6 +325,34 @@ def _is_image(feature: Any) -> bool:
     if isinstance(feature, datasets.Value):
         return feature.dtype in ("binary", "large_binary")
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def with_parts(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Column names and types, with those of the parts of columns that have several, such as translations.
+
+    Example:
+        >>> list(with_parts({"id": datasets.Value("string"), "translation": datasets.Translation(["de", "en"])}))
+        ['id', 'translation', 'translation.de', 'translation.en']
+    """
+    found: dict[str, Any] = {}
+    for name, feature in features.items():
+        found[name] = feature
+        parts = feature.flatten() if isinstance(feature, datasets.Translation) else feature
+        if isinstance(parts, dict):
+            found |= {f"{name}.{part}": inner for part, inner in parts.items()}
+    return found
+
+
+def is_sound(feature: Any) -> bool:
+    """Whether a column holds sounds: files, samples with their rate, or lists of samples.
+
+    Example:
+        >>> is_sound(datasets.Audio()), is_sound(datasets.List(datasets.Value("float32"))), is_sound(datasets.Value("string"))
+        (True, True, False)
+    """
+    if isinstance(feature, dict):
+        return set(feature) >= {"array", "sampling_rate"} or set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Audio) or (is_list(feature) and _is_number(feature.feature))
 
 
 def is_list(feature: Any) -> bool:
@@ -259,8 +368,21 @@ def is_list(feature: Any) -> bool:
 def _can_be_label(feature: Any) -> bool:
     if is_list(feature):
         return _can_be_label(feature.feature) and not is_list(feature.feature)
-    if isinstance(feature, datasets.ClassLabel) or _is_string(feature):
-        return True
+    return holds_classes(feature) or _is_number(feature)
+
+
+def holds_classes(feature: Any) -> bool:
+    """Whether a column holds one class in each row: a declared one, a word or a whole number.
+
+    Example:
+        >>> holds_classes(datasets.Value("int8")), holds_classes(datasets.Value("float32"))
+        (True, False)
+    """
+    whole = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "bool"))
+    return isinstance(feature, datasets.ClassLabel) or is_string(feature) or whole
+
+
+def _is_number(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "float", "bool"))
 
 

@@ -17,8 +17,9 @@ from transformers import AutoImageProcessor, DefaultDataCollator
 from hfcompress.config import DataConfig
 from hfcompress.tasks.columns import Columns, Kind
 from hfcompress.tasks.errors import DataError, first_line
+from hfcompress.tasks.inputs import Inputs
 from hfcompress.tasks.labels import row_count
-from hfcompress.tasks.sources import Source
+from hfcompress.tasks.sources import Source, with_absolute_paths
 
 # What Pillow raises for files that are not images, are cut off, or would not fit into memory.
 BROKEN = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)
@@ -26,7 +27,7 @@ BROKEN = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)
 PIXELS = "pixel_values"
 
 
-class ImageInputs:
+class ImageInputs(Inputs):
     """Images for a model that takes `pixel_values`."""
 
     kind: Kind = "image"
@@ -40,13 +41,12 @@ class ImageInputs:
         except (OSError, ValueError, ImportError) as error:
             raise DataError(f"{model_name}: its image processor cannot be loaded: {first_line(error)}") from error
 
-    def open(self, source: Source, columns: Columns) -> datasets.Dataset:
+    def open(self, source: Source, columns: Columns, *, config: DataConfig) -> datasets.Dataset:
         """Check that each row has an image that can be opened (its header only: pixels are read in training)."""
-        column = str(columns.image)
+        del config
+        column = columns.inputs[0]
         rows = source.rows.with_format(None).select_columns([column])
-        feature = rows.features[column]
-        if isinstance(feature, datasets.Value) and "string" in feature.dtype:
-            rows = rows.map(_absolute, fn_kwargs={"column": column, "folder": str(source.folder or "")})
+        rows = with_absolute_paths(rows, column, folder=source.folder)
         rows = rows.cast_column(column, datasets.Image(decode=False))
         missing: list[int] = []
         for row, example in enumerate(tqdm(rows, desc=f"checking {source.name}", leave=False, delay=2)):
@@ -69,36 +69,32 @@ class ImageInputs:
         self,
         rows: datasets.Dataset,
         *,
-        columns: Columns,
         processor: Any,
         config: DataConfig,
         model_config: Any,
         where: str,
+        seed: int = 0,
     ) -> datasets.Dataset:
         """Let each image be read, converted and processed when it is asked for."""
-        del config, where
+        del config, where, seed
         mode = "L" if getattr(model_config, "num_channels", 3) == 1 else "RGB"
-        return rows.rename_column(str(columns.image), PIXELS).with_transform(Pixels(processor, mode))
+        return rows.rename_column(rows.column_names[0], PIXELS).with_transform(Pixels(processor, mode))
 
     def collator(self, processor: Any, *, config: DataConfig, model_config: Any) -> Callable[[list[Any]], Any]:
         """Stack pixels and labels."""
         del processor, config, model_config
         return DefaultDataCollator()
 
-    def contents(self, rows: datasets.Dataset, columns: Columns) -> Iterator[bytes]:
+    def contents(self, rows: datasets.Dataset) -> Iterator[bytes]:
         """The image files as they are stored; for one that is neither here nor in the table, its address."""
-        for example in rows.select_columns([str(columns.image)]):
-            record = example[str(columns.image)]
+        column = rows.column_names[0]
+        for example in rows.select_columns([column]):
+            record = example[column]
             stored = _stored(record)
             if isinstance(stored, Path):
                 yield stored.read_bytes()
             else:
                 yield record["bytes"] if stored is not None else record["path"].encode()
-
-    def model_kwargs(self, processor: Any, model_config: Any) -> dict[str, Any]:
-        """Nothing: the model's own size counts."""
-        del processor, model_config
-        return {}
 
 
 @dataclass(frozen=True)
@@ -152,13 +148,6 @@ def open_image(record: Mapping[str, Any], *, mode: str = "RGB") -> PIL.Image.Ima
         return image.convert(mode)
     except BROKEN as error:
         raise _broken(record, error, "data") from error
-
-
-def _absolute(example: dict[str, Any], *, column: str, folder: str) -> dict[str, Any]:
-    """File names in a table are relative to the table's folder."""
-    name = example[column]
-    remote = name is None or "://" in name
-    return {column: name if remote else str(Path(folder, name).absolute())}
 
 
 def _stored(record: Mapping[str, Any]) -> Path | io.BytesIO | None:

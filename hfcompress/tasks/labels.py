@@ -17,6 +17,7 @@ from hfcompress.tasks.errors import DataError
 logger = logging.getLogger(__name__)
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+LabelKind = Literal["single_label_classification", "multi_label_classification", "regression", "class_per_word"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class LabelColumn:
 
     Attributes:
         values: One label per row.
-        problem_type: What kind of labels they are.
+        problem_type: What kind of labels they are: as in the model's configuration, or "class_per_word".
         declared: Names of all classes in their order where the column declares them, else None.
         where: What to call the split in a message.
     """
 
     values: Sequence[Any]
-    problem_type: ProblemType
+    problem_type: LabelKind
     declared: tuple[str, ...] | None
     where: str
 
@@ -41,7 +42,7 @@ class Labels:
     """The classes of a task in the order of the model's outputs.
 
     Attributes:
-        problem_type: As in the model's configuration.
+        problem_type: As in the model's configuration, or "class_per_word".
         names: Name of each class as people are to read it; for regression the name of the quantity.
         keys: Name of each class as it stands in the data.
 
@@ -50,9 +51,11 @@ class Labels:
         [1, 0]
         >>> Labels("multi_label_classification", ("red", "round"), ("red", "round")).encode([["round"], []])
         [[0.0, 1.0], [0.0, 0.0]]
+        >>> Labels("class_per_word", ("O", "B-PER"), ("O", "B-PER")).encode([["B-PER", "O"]])
+        [[1, 0]]
     """
 
-    problem_type: ProblemType
+    problem_type: LabelKind
     names: tuple[str, ...]
     keys: tuple[str, ...]
 
@@ -64,7 +67,8 @@ class Labels:
             where: What to call them in a message.
 
         Returns:
-            Class numbers; or a float per row (regression); or per row a list of 0.0 and 1.0, one per class.
+            Class numbers; or a float per row (regression); or per row a list of 0.0 and 1.0, one per class; or per row the class
+            number of each word.
 
         Raises:
             DataError: A label is not among the classes.
@@ -79,7 +83,10 @@ class Labels:
             for key in [value] if single else value:
                 if key not in ids:
                     unseen.setdefault(key, []).append(row)
-            encoded.append(ids.get(value) if single else [float(key in value) for key in self.keys])
+            if self.problem_type == "class_per_word":
+                encoded.append([ids.get(key) for key in value])
+            else:
+                encoded.append(ids.get(value) if single else [float(key in value) for key in self.keys])
         if unseen:
             key, rows = next(iter(unseen.items()))
             more = f" (and {len(unseen) - 1} other such labels)" if len(unseen) > 1 else ""
@@ -89,8 +96,23 @@ class Labels:
             )
         return encoded
 
+    def name(self, label: Any) -> str:
+        """A label as `encode` gives it in the words of the data: the same whatever order the classes have.
 
-def read_labels(rows: datasets.Dataset, column: str, *, where: str) -> LabelColumn:
+        Example:
+            >>> Labels("single_label_classification", ("neg", "pos"), ("0", "1")).name(1)
+            '1'
+        """
+        if self.problem_type == "regression":
+            return repr(float(label))
+        if self.problem_type == "single_label_classification":
+            return self.keys[label]
+        if self.problem_type == "class_per_word":
+            return "\x1f".join(self.keys[number] for number in label)
+        return "\x1f".join(sorted(key for key, flag in zip(self.keys, label, strict=True) if flag))
+
+
+def read_labels(rows: datasets.Dataset, column: str, *, where: str, by_word: bool = False) -> LabelColumn:
     """Read a label column and find out what kind of labels it holds.
 
     Strings, whole numbers, booleans and ClassLabel are classes; decimals are a quantity (regression); lists of
@@ -100,6 +122,7 @@ def read_labels(rows: datasets.Dataset, column: str, *, where: str) -> LabelColu
         rows: A split.
         column: Its label column.
         where: What to call the split in a message.
+        by_word: Whether lists hold a class for each word.
 
     Returns:
         The labels.
@@ -115,7 +138,7 @@ def read_labels(rows: datasets.Dataset, column: str, *, where: str) -> LabelColu
     feature = rows.features[column]
     values = _plain(rows, column)
     if is_list(feature):
-        return _read_lists(feature.feature, values, where)
+        return _read_lists(feature.feature, values, where, by_word)
     _require_present(values, feature, where)
     if _is_float(feature):
         if all(float(value).is_integer() for value in values):
@@ -134,10 +157,10 @@ def _plain(rows: datasets.Dataset, column: str) -> list[Any]:
     return list(rows.with_format(None).select_columns([column])[:][column])
 
 
-def _read_lists(element: Any, values: Sequence[Any], where: str) -> LabelColumn:
-    kind: ProblemType = "multi_label_classification"
+def _read_lists(element: Any, values: Sequence[Any], where: str, by_word: bool) -> LabelColumn:
+    kind: LabelKind = "class_per_word" if by_word else "multi_label_classification"
     _require_present(values, None, where)
-    if not isinstance(element, datasets.ClassLabel):
+    if not by_word and not isinstance(element, datasets.ClassLabel):
         sizes = {len(value) for value in values}
         size = sizes.pop()
         if not sizes and size > 1 and all(item in (0, 1) for value in values for item in value):
@@ -210,7 +233,7 @@ def find_classes(train: LabelColumn, *, quantity: str = "score") -> Labels:
     """
     if train.problem_type == "regression":
         return Labels("regression", (quantity,), (quantity,))
-    several = train.problem_type == "multi_label_classification"
+    several = train.problem_type in ("multi_label_classification", "class_per_word")
     counts = Counter(name for value in train.values for name in (value if several else [value]))
     if len(counts) < 2:
         only = f"only the label {next(iter(counts))!r}" if counts else "no label"
@@ -283,13 +306,13 @@ class Head:
     names: tuple[str, ...] | None
 
 
-def read_head(config: Any, *, model: str, suffix: str) -> Head:
+def read_head(config: Any, *, model: str, endings: Sequence[str]) -> Head:
     """Read the output layer's classes from a model's configuration.
 
     Args:
         config: A `PretrainedConfig`.
         model: Name of the model.
-        suffix: What class names of fine-tuned models contain, such as "ForSequenceClassification".
+        endings: What class names of fine-tuned models contain, such as "ForSequenceClassification".
 
     Returns:
         The head.
@@ -297,12 +320,13 @@ def read_head(config: Any, *, model: str, suffix: str) -> Head:
     Example:
         >>> from types import SimpleNamespace
         >>> config = SimpleNamespace(architectures=["BertModel"], id2label={0: "LABEL_0", 1: "LABEL_1"})
-        >>> read_head(config, model="m", suffix="ForSequenceClassification")
+        >>> read_head(config, model="m", endings=["ForSequenceClassification"])
         Head(model='m', size=None, names=None)
     """
     id2label: Mapping[Any, str] = getattr(config, "id2label", None) or {}
     listed = tuple(str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0])))
-    if not any(suffix in name for name in getattr(config, "architectures", None) or []):
+    architectures = getattr(config, "architectures", None) or []
+    if not any(ending in name for ending in endings for name in architectures):
         return Head(model, None, None)
     named = any(name != f"LABEL_{i}" for i, name in enumerate(listed))
     return Head(model, len(listed), listed if named else None)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
@@ -17,17 +17,44 @@ from transformers import AutoConfig
 
 from hfcompress.config import DataConfig
 from hfcompress.tasks import labels as meaning
-from hfcompress.tasks.columns import Columns, detect_columns
+from hfcompress.tasks.audio import AudioInputs
+from hfcompress.tasks.choices import ChoiceInputs
+from hfcompress.tasks.columns import Columns, with_parts
 from hfcompress.tasks.errors import DataError, first_line, unknown_name
 from hfcompress.tasks.image import ImageInputs
 from hfcompress.tasks.inputs import Inputs
 from hfcompress.tasks.labels import Head, LabelColumn, Labels, ProblemType
-from hfcompress.tasks.scores import MAIN_METRIC, MetricFunction, Scores, load_metric
+from hfcompress.tasks.language import LanguageInputs, MaskedInputs, UnlabelledInputs
+from hfcompress.tasks.questions import NOTES, POSITIONS, AnswerScores, QuestionInputs
+from hfcompress.tasks.scores import EmbeddingScores, MetricFunction, Scores, Scoring, TokenScores, load_metric
 from hfcompress.tasks.sources import Source, read_sources
 from hfcompress.tasks.splits import hold_out, take
 from hfcompress.tasks.text import TextInputs
+from hfcompress.tasks.words import TagScores, WordInputs
+from hfcompress.tasks.writing import WritingInputs, WritingScores
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What scores may have to know of the evaluation data.
+
+    Attributes:
+        labels: The classes, or None for tasks without.
+        processor: The tokenizer, image processor or feature extractor.
+        config: The `data` section of a recipe.
+        rows: Opened rows.
+        encoded: The same, encoded.
+        metric: A metric to use in place of our own, or None.
+    """
+
+    labels: Labels | None
+    processor: Any
+    config: DataConfig
+    rows: datasets.Dataset
+    encoded: datasets.Dataset
+    metric: MetricFunction | None
 
 
 @dataclass(frozen=True)
@@ -37,15 +64,69 @@ class TaskSpec:
     Attributes:
         auto_class: Name of the class of transformers that loads its models.
         inputs: How its inputs are read, checked and encoded.
+        scores: What scores its models.
+        classes: Whether the label column holds classes to be found in the data: one for each "row" (or several, or a
+            quantity), or one for each "word"; None where it holds something else, or there is none.
+        heads: What the names of fine-tuned models contain; None means the last part of the auto class.
+        label_columns: What forward() calls the labels; none where nothing is to be learned without a teacher.
+        generates: Whether a model's answer has to be generated, token by token.
     """
 
     auto_class: str
     inputs: Inputs
+    scores: Callable[[Evaluated], Scoring]
+    classes: Literal["row", "word"] | None = None
+    heads: tuple[str, ...] | None = None
+    label_columns: tuple[str, ...] = ("labels",)
+    generates: bool = False
+
+
+def _score_classes(data: Evaluated) -> Scores:
+    kind = "single_label_classification" if data.labels is None else data.labels.problem_type
+    return Scores(cast(ProblemType, kind), data.metric)
 
 
 TASKS: Mapping[str, TaskSpec] = {
-    "text-classification": TaskSpec("AutoModelForSequenceClassification", TextInputs()),
-    "image-classification": TaskSpec("AutoModelForImageClassification", ImageInputs()),
+    "text-classification": TaskSpec("AutoModelForSequenceClassification", TextInputs(), _score_classes, "row"),
+    "image-classification": TaskSpec("AutoModelForImageClassification", ImageInputs(), _score_classes, "row"),
+    "audio-classification": TaskSpec(
+        "AutoModelForAudioClassification",
+        AudioInputs(),
+        _score_classes,
+        "row",
+        heads=("ForSequenceClassification", "ForAudioClassification"),
+    ),
+    "token-classification": TaskSpec(
+        "AutoModelForTokenClassification",
+        WordInputs(),
+        lambda data: TagScores(cast(Labels, data.labels).names),
+        "word",
+    ),
+    "question-answering": TaskSpec(
+        "AutoModelForQuestionAnswering",
+        QuestionInputs(),
+        lambda data: AnswerScores(data.rows, data.encoded),
+        label_columns=POSITIONS,
+    ),
+    "multiple-choice": TaskSpec("AutoModelForMultipleChoice", ChoiceInputs(), _score_classes),
+    "fill-mask": TaskSpec("AutoModelForMaskedLM", MaskedInputs(), lambda _: TokenScores(shifted=False)),
+    "text-generation": TaskSpec(
+        "AutoModelForCausalLM",
+        LanguageInputs(),
+        lambda _: TokenScores(shifted=True),
+        heads=("ForCausalLM", "LMHeadModel"),
+    ),
+    "text2text-generation": TaskSpec(
+        "AutoModelForSeq2SeqLM",
+        WritingInputs(),
+        # The decoder's start token counts as one.
+        lambda data: WritingScores(data.processor, data.config.max_target_length + 1),
+        heads=("ForConditionalGeneration",),
+        generates=True,
+    ),
+    "feature-extraction": TaskSpec(
+        "AutoModel", UnlabelledInputs(), lambda _: EmbeddingScores(), heads=("",), label_columns=()
+    ),
 }
 
 
@@ -54,19 +135,22 @@ class PreparedTask:
     """What a Trainer, and whoever loads the model for it, needs.
 
     Attributes:
-        train_dataset: Encoded training examples; columns are what forward() takes, and "labels".
+        train_dataset: Encoded training examples; columns are what forward() takes, and labels.
         eval_dataset: The same to evaluate on.
-        processing_class: The tokenizer or image processor.
+        processing_class: The tokenizer, image processor or feature extractor.
         data_collator: Makes a batch of examples; texts are padded to the longest of the batch.
-        label_names: The classes in the order of the outputs; for regression the name of the quantity.
-        problem_type: "single_label_classification", "multi_label_classification" or "regression".
+        label_names: The classes in the order of the outputs; for regression the name of the quantity; empty for tasks without classes.
+        problem_type: "single_label_classification", "multi_label_classification" or "regression" of whole inputs; None for other tasks.
         compute_metrics: Takes an `EvalPrediction`, returns named numbers.
-        metric_name: The one of these that counts (higher is better for the built-in ones).
+        metric_name: The one of these that counts.
         auto_class: Name of the class of transformers that loads the model.
         model_kwargs: Passed to its `from_pretrained`: number and names of the classes and kind of problem; and, only
             where needed, leave to replace the output layer (`ignore_mismatched_sizes`) and `pad_token_id`.
         fingerprint: First 16 hexadecimal digits of the SHA-256 of the evaluation data (inputs as stored and names of
             the labels, in order): the same on every machine and in every run.
+        label_columns: What forward() calls the labels; none where nothing is to be learned without a teacher.
+        generates: Whether a `Seq2SeqTrainer` has to generate the answers that are scored.
+        max_length: Tokens or samples of the longest example there can be; None where all are of one size (images).
     """
 
     train_dataset: datasets.Dataset
@@ -74,12 +158,20 @@ class PreparedTask:
     processing_class: Any
     data_collator: Callable[[list[Any]], Any]
     label_names: list[str]
-    problem_type: ProblemType
-    compute_metrics: Scores
+    problem_type: ProblemType | None
+    compute_metrics: Scoring
     metric_name: str
     auto_class: str
     model_kwargs: dict[str, Any]
     fingerprint: str
+    label_columns: tuple[str, ...] = ("labels",)
+    generates: bool = False
+    max_length: int | None = None
+
+    @property
+    def preprocess_logits_for_metrics(self) -> Callable[[Any, Any], Any]:
+        """Keeps of a batch's outputs what `compute_metrics` needs: of a language model two numbers, not a vocabulary per token."""
+        return self.compute_metrics.reduce
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -125,10 +217,10 @@ def find_columns(dataset: datasets.Dataset | datasets.DatasetDict, config: DataC
     Example:
         >>> rows = datasets.Dataset.from_dict({"utterance": ["hi"], "mood": [3]})
         >>> find_columns(rows, DataConfig(train="moods.csv"), "text-classification")
-        Columns(label='mood', text=('utterance',), image=None)
+        Columns(label='mood', inputs=('utterance',), choices=())
     """
     rows = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-    return detect_columns(rows.features, config, find_task(task).inputs.kind)
+    return find_task(task).inputs.find_columns(rows.features, config)
 
 
 def load_data(config: DataConfig, *, task: str, seed: int) -> datasets.DatasetDict:
@@ -154,33 +246,62 @@ def load_data(config: DataConfig, *, task: str, seed: int) -> datasets.DatasetDi
         >>> data.num_rows, sorted(data["eval"]["verdict"])
         ({'train': 18, 'eval': 2}, ['ham', 'spam'])
     """
-    train, evaluation = read_sources(config, kind=find_task(task).inputs.kind)
+    spec = find_task(task)
+    train, evaluation = read_sources(config, kind=spec.inputs.kind)
     column = find_columns(train.rows, config, task).label
-    train_labels = meaning.read_labels(train.rows, column, where=train.name)
-    return _split(train.rows, evaluation.rows if evaluation else None, train_labels, config, seed)
+    classes = (
+        _classes(meaning.read_labels(train.rows, str(column), where=train.name)) if spec.classes == "row" else None
+    )
+    return _split(train.rows, evaluation.rows if evaluation else None, classes, config, seed)
+
+
+def _classes(labels: LabelColumn) -> Sequence[Any] | None:
+    """The class of each row, if it has one."""
+    return labels.values if labels.problem_type == "single_label_classification" else None
 
 
 def _split(
-    train: datasets.Dataset, evaluation: datasets.Dataset | None, labels: LabelColumn, config: DataConfig, seed: int
+    train: datasets.Dataset,
+    evaluation: datasets.Dataset | None,
+    classes: Sequence[Any] | None,
+    config: DataConfig,
+    seed: int,
 ) -> datasets.DatasetDict:
     """Hold rows out where there are none to evaluate on, then take random parts."""
     sizes = len(train), len(evaluation) if evaluation is not None else 0
     if evaluation is None:
-        classes = labels.values if labels.problem_type == "single_label_classification" else None
         kept, held = hold_out(len(train), share=config.holdout, seed=seed, classes=classes)
         train, evaluation = train.select(kept), train.select(held)
-    for_train = take(len(train), limit=config.max_train, seed=seed, stream=1)
-    for_eval = take(len(evaluation), limit=config.max_eval, seed=seed, stream=2)
-    train = train if for_train is None else train.select(for_train)
-    evaluation = evaluation if for_eval is None else evaluation.select(for_eval)
+    data = _take(datasets.DatasetDict({"train": train, "eval": evaluation}), config, seed)
     logger.info(
         "data: %s examples to train on of %s, %s to evaluate on %s",
-        f"{len(train):,}",
+        f"{len(data['train']):,}",
         f"{sizes[0]:,}",
-        f"{len(evaluation):,}",
+        f"{len(data['eval']):,}",
         f"of {sizes[1]:,}" if sizes[1] else "(held out of the training data)",
     )
-    return datasets.DatasetDict({"train": train, "eval": evaluation})
+    return data
+
+
+def _take(data: datasets.DatasetDict, config: DataConfig, seed: int) -> datasets.DatasetDict:
+    """Random parts, where less than all is asked for."""
+    limits = {"train": config.max_train, "eval": config.max_eval}
+    parts = {}
+    for stream, (split, rows) in enumerate(data.items(), start=1):
+        chosen = take(len(rows), limit=limits[split], seed=seed, stream=stream)
+        parts[split] = rows if chosen is None else rows.select(chosen)
+    return datasets.DatasetDict(parts)
+
+
+def _split_text(train: datasets.Dataset, evaluation: datasets.Dataset | None, share: float) -> datasets.DatasetDict:
+    """Hold the last rows of a long text out where there is nothing to evaluate on."""
+    if evaluation is not None:
+        return datasets.DatasetDict({"train": train, "eval": evaluation})
+    held = min(max(1, round(share * len(train))), len(train) - 1)
+    if held < 1:
+        raise DataError("data: 1 row is too few to hold some out for evaluation; give data.eval")
+    kept = len(train) - held
+    return datasets.DatasetDict({"train": train.select(range(kept)), "eval": train.select(range(kept, len(train)))})
 
 
 def prepare(
@@ -196,20 +317,20 @@ def prepare(
     metric: str | MetricFunction | None = None,
     main_first: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> PreparedTask:
-    r"""Read the data, bring the labels into the model's order, and encode everything.
+    r"""Read the data, bring labels that are classes into the model's order, and encode everything.
 
     Args:
         config: The `data` section of a recipe.
         task: A key of `TASKS`.
-        model_name: Folder or Hub repository of the model, whose tokenizer or image processor is used.
+        model_name: Folder or Hub repository of the model, whose tokenizer, image processor or feature extractor is used.
         revision: Branch, tag or commit of the repository.
         trust_remote_code: Run code from the repository.
         seed: Of what is held out and of the random parts taken.
         must_match: The model's outputs are used as they are (a teacher), so they must fit the labels.
         label_names: Names and order of the classes to follow instead of the model's own, such as those of the
-            teacher; they must fit the labels.
+            teacher; they must fit the labels. Tasks without classes pass them over.
         metric: Name or path of a metric of `evaluate`, or a function of predictions and labels, instead of the
-            built-in metrics.
+            built-in metrics; for classification.
         main_first: Returns a context in which the main process goes first and the others find its cached work, such as
             `TrainingArguments.main_process_first`.
 
@@ -242,66 +363,92 @@ def prepare(
     spec = find_task(task)
     with main_first():
         function = load_metric(metric) if isinstance(metric, str) else metric
+        if function is not None and spec.scores is not _score_classes:
+            raise DataError(f"metric: {task} is scored in its own way; leave the metric out")
         model_config = _load_config(model_name, revision=revision, trust_remote_code=trust_remote_code)
-        head = meaning.read_head(model_config, model=model_name, suffix=spec.auto_class.removeprefix("AutoModel"))
+        endings = (spec.auto_class.removeprefix("AutoModel"),) if spec.heads is None else spec.heads
+        head = meaning.read_head(model_config, model=model_name, endings=endings)
         followed = head if label_names is None else Head("label_names", len(label_names), tuple(label_names))
-        data, columns, labels = _open(config, spec, seed, followed, must_match or label_names is not None)
+        data, labels = _open(config, spec, seed, followed, must_match or label_names is not None)
         processor = spec.inputs.load_processor(model_name, revision=revision, trust_remote_code=trust_remote_code)
-        encoded = {
-            split: spec.inputs.encode(
-                rows, columns=columns, processor=processor, config=config, model_config=model_config, where=split
-            )
-            for split, rows in data.items()
-        }
-        fingerprint = _fingerprint(data["eval"], spec.inputs, columns, labels)
+        encoded = datasets.DatasetDict(
+            {
+                split: spec.inputs.encode(
+                    rows, processor=processor, config=config, model_config=model_config, where=split, seed=seed
+                )
+                for split, rows in data.items()
+            }
+        )
+        if spec.inputs.is_one_text(data["train"]):
+            encoded = _take(encoded, config, seed)
+        fingerprint = _fingerprint(data["eval"], spec.inputs, labels)
+    scores = spec.scores(Evaluated(labels, processor, config, data["eval"], encoded["eval"], function))
+    if notes := [name for name in NOTES if name in encoded["eval"].column_names]:
+        encoded = encoded.remove_columns(notes)
+    classes = {} if labels is None else _model_kwargs(labels, head)
     return PreparedTask(
         train_dataset=encoded["train"],
         eval_dataset=encoded["eval"],
         processing_class=processor,
         data_collator=spec.inputs.collator(processor, config=config, model_config=model_config),
-        label_names=list(labels.names),
-        problem_type=labels.problem_type,
-        compute_metrics=Scores(labels.problem_type, function),
-        metric_name=_metric_name(metric, labels.problem_type),
+        label_names=[] if labels is None else list(labels.names),
+        problem_type=scores.problem_type if isinstance(scores, Scores) else None,
+        compute_metrics=scores,
+        metric_name=scores.metric_name,
         auto_class=spec.auto_class,
-        model_kwargs=_model_kwargs(labels, head) | spec.inputs.model_kwargs(processor, model_config),
+        model_kwargs=classes | spec.inputs.model_kwargs(processor, model_config),
         fingerprint=fingerprint,
+        label_columns=spec.label_columns,
+        generates=spec.generates,
+        max_length=spec.inputs.longest(processor, config=config, model_config=model_config),
     )
 
 
 def _open(
     config: DataConfig, spec: TaskSpec, seed: int, head: Head, must_match: bool
-) -> tuple[datasets.DatasetDict, Columns, Labels]:
-    """Both splits with their inputs checked and a column "labels" in the order of the model's outputs."""
+) -> tuple[datasets.DatasetDict, Labels | None]:
+    """Both splits with their inputs checked; where there are classes, with a column "labels" in the order of the model's outputs."""
     train, evaluation = read_sources(config, kind=spec.inputs.kind)
-    columns = detect_columns(train.rows.features, config, spec.inputs.kind)
-    train_labels = meaning.read_labels(train.rows, columns.label, where=train.name)
-    # All rows count and not only those taken: which classes there are must not depend on max_train and the seed.
-    labels = meaning.find_classes(train_labels, quantity=columns.label)
-    labels = meaning.follow_head(labels, head, must_match=must_match)
-    opened: list[datasets.Dataset | None] = []
-    for source in (train, evaluation):
-        opened.append(None if source is None else _labelled(source, columns, labels, spec.inputs, train))
-    data = _split(cast(datasets.Dataset, opened[0]), opened[1], train_labels, config, seed)
-    if labels.problem_type == "regression":
+    columns = spec.inputs.find_columns(train.rows.features, config)
+    sources = [source for source in (train, evaluation) if source is not None]
+    for source in sources:
+        _require_columns(source, columns, like=train)
+    labels, classes = None, None
+    if spec.classes is not None:
+        columns_of = [
+            meaning.read_labels(source.rows, str(columns.label), where=source.name, by_word=spec.classes == "word")
+            for source in sources
+        ]
+        # All rows count and not only those taken: which classes there are must not depend on max_train and the seed.
+        labels = meaning.follow_head(
+            meaning.find_classes(columns_of[0], quantity=str(columns.label)), head, must_match=must_match
+        )
+        classes = _classes(columns_of[0])
+    elif must_match and head.size is None:
+        raise DataError(f"{head.model}: is not fine-tuned on such a task (it has no output layer); fine-tune it first")
+    opened = [spec.inputs.open(source, columns, config=config) for source in sources]
+    if labels is not None:
+        encoded = [meaning.encode_split(column, labels) for column in columns_of]
+        opened = [rows.add_column("labels", each) for rows, each in zip(opened, encoded, strict=True)]
+    opened_eval = opened[1] if len(opened) > 1 else None
+    if spec.inputs.is_one_text(opened[0]):
+        return _split_text(opened[0], opened_eval, config.holdout), labels
+    data = _split(opened[0], opened_eval, classes, config, seed)
+    if labels is not None and labels.problem_type == "regression":
         values = np.asarray(data["eval"]["labels"])
         if len(values) < 4 or np.ptp(values) == 0:
             raise DataError(f"data: a correlation needs 4 or more different evaluation labels, got {len(values)} rows")
-    return data, columns, labels
+    return data, labels
 
 
-def _labelled(source: Source, columns: Columns, labels: Labels, inputs: Inputs, train: Source) -> datasets.Dataset:
-    """The inputs of a split, checked, and their encoded labels."""
+def _require_columns(source: Source, columns: Columns, *, like: Source) -> None:
+    there = with_parts(source.rows.features)
     for name in columns.all:
-        if name not in source.rows.features:
+        if name not in there:
             raise DataError(
-                f"{source.name}: has no column {name!r}, which {train.name} has;"
+                f"{source.name}: has no column {name!r}, which {like.name} has;"
                 f" there are: {', '.join(source.rows.column_names)}"
             )
-    column = meaning.read_labels(source.rows, columns.label, where=source.name)
-    encoded = meaning.encode_split(column, labels)
-    rows = inputs.open(source, columns)
-    return rows.add_column("labels", encoded)
 
 
 def _load_config(model_name: str, *, revision: str | None, trust_remote_code: bool) -> Any:
@@ -316,33 +463,21 @@ def _model_kwargs(labels: Labels, head: Head) -> dict[str, Any]:
         "num_labels": len(labels.names),
         "id2label": dict(enumerate(labels.names)),
         "label2id": {name: i for i, name in enumerate(labels.names)},
-        "problem_type": labels.problem_type,
     }
+    if labels.problem_type != "class_per_word":
+        kwargs["problem_type"] = labels.problem_type
     if head.size not in (None, len(labels.names)):
         kwargs["ignore_mismatched_sizes"] = True
     return kwargs
 
 
-def _metric_name(metric: str | MetricFunction | None, problem_type: ProblemType) -> str:
-    """Metrics of evaluate return their number under their own name; a path's last part is that name."""
-    if metric is None:
-        return MAIN_METRIC[problem_type]
-    if isinstance(metric, str):
-        return metric.rstrip("/").rsplit("/", 1)[-1].removesuffix(".py")
-    return getattr(metric, "name", getattr(metric, "__name__", "metric"))
-
-
-def _fingerprint(rows: datasets.Dataset, inputs: Inputs, columns: Columns, labels: Labels) -> str:
+def _fingerprint(rows: datasets.Dataset, inputs: Inputs, labels: Labels | None) -> str:
     """Hash of inputs and label names, in order. Names and not numbers: these depend on the model's order."""
     digest = hashlib.sha256()
-    contents = tqdm(inputs.contents(rows, columns), total=len(rows), desc="hashing eval", leave=False, delay=2)
-    for content, label in zip(contents, rows["labels"], strict=True):
+    names = [""] * len(rows) if labels is None else [labels.name(label) for label in rows["labels"]]
+    rows = rows if labels is None else rows.remove_columns("labels")
+    contents = tqdm(inputs.contents(rows), total=len(rows), desc="hashing eval", leave=False, delay=2)
+    for content, name in zip(contents, names, strict=True):
         digest.update(len(content).to_bytes(8, "little") + content)
-        if labels.problem_type == "single_label_classification":
-            name = labels.keys[label]
-        elif labels.problem_type == "regression":
-            name = repr(float(label))
-        else:
-            name = "\x1f".join(sorted(key for key, flag in zip(labels.keys, label, strict=True) if flag))
         digest.update(len(name.encode()).to_bytes(8, "little") + name.encode())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Reading a data set: from the Hub, from files, from a folder of images or one written by `save_to_disk`."""
+"""Reading a data set: from the Hub, from files, from a folder of images or sounds or one written by `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 from PIL import Image
 
 from hfcompress.config import DataConfig
-from hfcompress.tasks.columns import Kind
+from hfcompress.tasks.columns import Kind, is_string
 from hfcompress.tasks.errors import DataError, first_line, unknown_name
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,9 @@ FORMATS = {
     ".jsonl": "json",
     ".ndjson": "json",
     ".parquet": "parquet",
+    ".txt": "text",
 }
+AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".au"))
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,26 @@ class Source:
         rows: The examples with all their columns.
         name: What to call it in a message.
         folder: Where relative file names in a column start from, or None.
+        is_lines: Whether the rows are the lines of text files.
     """
 
     rows: datasets.Dataset
     name: str
     folder: Path | None = None
+    is_lines: bool = False
+
+
+def with_absolute_paths(rows: datasets.Dataset, column: str, *, folder: Path | None) -> datasets.Dataset:
+    """Make file names absolute, if that is what a column holds: in a table they are relative to the table's folder."""
+    if not is_string(rows.features[column]):
+        return rows
+    return rows.map(_absolute, fn_kwargs={"column": column, "folder": str(folder or "")})
+
+
+def _absolute(example: dict[str, Any], *, column: str, folder: str) -> dict[str, Any]:
+    name = example[column]
+    remote = name is None or "://" in name
+    return {column: name if remote else str(Path(folder, name).absolute())}
 
 
 def read_sources(config: DataConfig, *, kind: Kind) -> tuple[Source, Source | None]:
@@ -64,7 +81,7 @@ def read_sources(config: DataConfig, *, kind: Kind) -> tuple[Source, Source | No
 
     Args:
         config: The `data` section of a recipe.
-        kind: Whether the inputs are texts or images.
+        kind: Whether the inputs are texts, images or sounds.
 
     Returns:
         Training data, and evaluation data or None.
@@ -99,15 +116,7 @@ def read_rows(pattern: str, *, key: str) -> list[Source]:
     Raises:
         DataError: There is no such file, it cannot be read, or it has no rows.
     """
-    paths = _matches(pattern)
-    if paths and all(path.suffix.lower() == ".txt" for path in paths):
-        files = [glob.escape(str(path.absolute())) for path in paths if path.stat().st_size]
-        if not files:
-            raise DataError(f"{key}: {Path(pattern).name} has no rows")
-        rows = _load("text", Path(pattern).name, key, data_files={"train": files})["train"]
-        sources = [Source(rows, Path(pattern).name)]
-    else:
-        sources = list(_read_path(pattern, kind="text", key=key).values())
+    sources = list(_read_path(pattern, kind="text", key=key).values())
     for source in sources:
         if len(source.rows) == 0:
             raise DataError(f"{key}: {source.name} has no rows")
@@ -181,15 +190,18 @@ def _read_folder(folder: Path, kind: Kind, key: str) -> dict[str, Source]:
         return _read_saved(folder, key)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path, folder)]
     described = [path for path in files if path.stem == "metadata" and path.suffix in (".csv", ".jsonl", ".parquet")]
-    tables = [path for path in files if path.suffix.lower() in FORMATS and not path.name.startswith("dataset_info")]
-    images = [path for path in files if path.suffix.lower() in _image_suffixes()]
+    readable = [path for path in files if path.suffix.lower() in FORMATS and not path.name.startswith("dataset_info")]
+    # Beside tables, text files are notes.
+    tables = [path for path in readable if path.suffix.lower() != ".txt"] or (readable if kind == "text" else [])
+    suffixes = {"text": frozenset(), "image": _image_suffixes(), "audio": AUDIO_SUFFIXES}[kind]
+    media = [path for path in files if path.suffix.lower() in suffixes]
     if kind == "image" and described:
         loaded = _load("imagefolder", folder.name, key, data_dir=str(folder))
         return {split: Source(rows, f"{folder.name}/{split}") for split, rows in loaded.items()}
-    if kind == "image" and images:
-        return _read_images(folder, images, key)
+    if media and not (kind == "audio" and tables):  # a table beside sounds says what is in them
+        return _read_media(folder, media, kind, key)
     if not tables:
-        wanted = "images in one folder per class, " if kind == "image" else ""
+        wanted = "" if kind == "text" else f"{_MEDIA[kind]} in one folder per class, "
         raise DataError(f"{key}: {str(folder)!r} holds no {wanted}{', '.join(FORMATS)} files, nor a saved data set")
     groups: dict[str | None, list[Path]] = {}
     for path in tables:
@@ -229,30 +241,35 @@ def _split_of(path: Path, root: Path) -> str | None:
     return next((word.lower() for word in words if word.lower() in (*TRAIN_SPLITS, *EVAL_SPLITS)), None)
 
 
-def _read_images(folder: Path, images: Sequence[Path], key: str) -> dict[str, Source]:
-    """A folder with one folder of images per class, or with one such folder per split.
+_MEDIA = {"image": "images", "audio": "sounds"}
+
+
+def _read_media(folder: Path, files: Sequence[Path], kind: Kind, key: str) -> dict[str, Source]:
+    """A folder with one folder of images or sounds per class, or with one such folder per split.
 
     Read here and not by datasets' "imagefolder", which takes a class folder named test_tube for a test split.
     """
-    tops = sorted({path.relative_to(folder).parts[0] for path in images})
+    tops = sorted({path.relative_to(folder).parts[0] for path in files})
     if {top.lower() for top in tops} <= {*TRAIN_SPLITS, *EVAL_SPLITS}:
-        return {top.lower(): _class_folders(folder / top, images, f"{folder.name}/{top}", key) for top in tops}
-    return {"train": _class_folders(folder, images, folder.name, key)}
+        return {top.lower(): _class_folders(folder / top, files, f"{folder.name}/{top}", kind, key) for top in tops}
+    return {"train": _class_folders(folder, files, folder.name, kind, key)}
 
 
-def _class_folders(root: Path, images: Sequence[Path], name: str, key: str) -> Source:
-    inside = [path for path in images if path.is_relative_to(root)]
+def _class_folders(root: Path, files: Sequence[Path], name: str, kind: Kind, key: str) -> Source:
+    inside = [path for path in files if path.is_relative_to(root)]
     loose = [path for path in inside if path.parent == root]
     if loose:
         raise DataError(
             f"{key}: {str(loose[0])!r} lies in no class folder ({len(loose)} such);"
-            " images are expected in one folder per class, named as the class"
+            f" {_MEDIA[kind]} are expected in one folder per class, named as the class"
         )
     classes = sorted({path.relative_to(root).parts[0] for path in inside})
     ids = {cls: i for i, cls in enumerate(classes)}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+    # datasets needs torchcodec to make a column of sounds, even of files' names.
+    column = datasets.Image() if kind == "image" else datasets.Value("string")
+    features = datasets.Features({kind: column, "label": datasets.ClassLabel(names=classes)})
     columns = {
-        "image": [str(path.absolute()) for path in inside],
+        kind: [str(path.absolute()) for path in inside],
         "label": [ids[path.relative_to(root).parts[0]] for path in inside],
     }
     return Source(datasets.Dataset.from_dict(columns, features=features), name, root)
@@ -271,9 +288,11 @@ def _read_files(paths: Sequence[Path], name: str, key: str) -> Source:
         options = {"sep": _separator(paths[0], key), "keep_default_na": False, "na_values": [""]}
         if any(_has_literal_quotes(path) for path in paths if path.suffix.lower() == ".tsv"):
             options["quoting"] = csv.QUOTE_NONE
-    files = [glob.escape(str(path.absolute())) for path in paths]
+    files = [glob.escape(str(path.absolute())) for path in paths if builder != "text" or path.stat().st_size]
+    if not files:
+        raise DataError(f"{key}: {name} has no rows")
     rows = _load(builder, name, key, data_files={"train": files}, **options)["train"]
-    return Source(rows, name, paths[0].parent)
+    return Source(rows, name, paths[0].parent, is_lines=builder == "text")
 
 
 def _load(builder: str, name: str, key: str, **options: Any) -> Any:

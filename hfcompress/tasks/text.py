@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoTokenizer, DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from hfcompress.config import DataConfig
-from hfcompress.tasks.columns import Columns, Kind
+from hfcompress.tasks.columns import Columns
 from hfcompress.tasks.errors import DataError, first_line
+from hfcompress.tasks.inputs import Inputs
 from hfcompress.tasks.labels import row_count
 from hfcompress.tasks.sources import Source
 
@@ -24,59 +25,81 @@ PAD_TO = 8  # Tensor cores and vector units are fastest with lengths that are mu
 TOKENIZE_VERSION = 1
 
 
-class TextInputs:
-    """Text for a model that takes `input_ids`."""
+class TokenizedInputs(Inputs):
+    """Inputs for a model that takes `input_ids`.
 
-    kind: Kind = "text"
+    Attributes:
+        needs_words: Whether the tokenizer must be able to say which token belongs to which word or character.
+    """
+
+    needs_words = False
 
     def load_processor(self, model_name: str, *, revision: str | None, trust_remote_code: bool) -> Any:
         """Load the tokenizer; one without a padding token (GPT-2, Llama) pads with its end-of-text token."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                model_name, revision=revision, trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise DataError(f"{model_name}: its tokenizer cannot be loaded: {first_line(error)}") from error
-        # Where there are no tokenizer files, transformers quietly makes one that knows only the special tokens (and
-        # for SentencePiece models a blank): every word would become "unknown".
-        if len(tokenizer) - len(set(tokenizer.all_special_tokens)) <= 2:
-            raise DataError(f"{model_name}: has no tokenizer: it knows no words; save one beside the model")
-        if tokenizer.pad_token is None:
-            if tokenizer.eos_token is None:
-                raise DataError(f"{model_name}: its tokenizer has neither a padding nor an end-of-text token; add one")
-            tokenizer.pad_token = tokenizer.eos_token
-            logger.info("%s has no padding token; padding with %s", model_name, tokenizer.eos_token)
+        tokenizer = _load_tokenizer(model_name, revision=revision, trust_remote_code=trust_remote_code)
+        if not self.needs_words:
+            return tokenizer
+        if not tokenizer.is_fast:
+            raise DataError(f"{model_name}: its tokenizer cannot say where in the text its tokens are; use a fast one")
+        if getattr(tokenizer, "add_prefix_space", None) is False:  # such tokenizers refuse words otherwise
+            options = {"revision": revision, "trust_remote_code": trust_remote_code, "add_prefix_space": True}
+            tokenizer = _load_tokenizer(model_name, **options)
         return tokenizer
 
-    def open(self, source: Source, columns: Columns) -> datasets.Dataset:
+    def collator(self, processor: Any, *, config: DataConfig, model_config: Any) -> Callable[[list[Any]], Any]:
+        """Pad each batch to its longest text; labels per token with -100."""
+        multiple = padding_multiple(processor, config=config, model_config=model_config)
+        return DataCollatorForTokenClassification(processor, pad_to_multiple_of=multiple)
+
+    def longest(self, processor: Any, *, config: DataConfig, model_config: Any) -> int | None:
+        """The longest text in tokens."""
+        return length_limit(processor, config=config, model_config=model_config)[0]
+
+    def model_kwargs(self, processor: Any, model_config: Any) -> dict[str, Any]:
+        """The padding token of a model that does not know one: it finds the last token of a text by it."""
+        return {} if model_config.pad_token_id is not None else {"pad_token_id": processor.pad_token_id}
+
+
+def _load_tokenizer(model_name: str, **options: Any) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{model_name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    # Where there are no tokenizer files, transformers quietly makes one that knows only the special tokens (and
+    # for SentencePiece models a blank): every word would become "unknown".
+    if len(tokenizer) - len(set(tokenizer.all_special_tokens)) <= 2:
+        raise DataError(f"{model_name}: has no tokenizer: it knows no words; save one beside the model")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise DataError(f"{model_name}: its tokenizer has neither a padding nor an end-of-text token; add one")
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info("%s has no padding token; padding with %s", model_name, tokenizer.eos_token)
+    return tokenizer
+
+
+class TextInputs(TokenizedInputs):
+    """Single texts, or pairs."""
+
+    def open(self, source: Source, columns: Columns, *, config: DataConfig) -> datasets.Dataset:
         """Check that each row has text. Of a pair one may be blank, but neither may be missing."""
-        names = list(columns.text or ())
-        rows = source.rows.with_format(None).select_columns(names)
-        missing: list[int] = []
-        start = 0
-        for batch in rows.iter(batch_size=10_000):
-            for offset, texts in enumerate(zip(*(batch[name] for name in names), strict=True)):
-                if any(text is None for text in texts) or not any(text.strip() for text in texts):
-                    missing.append(start + offset)
-            start += len(batch[names[0]])
-        if missing:
-            raise DataError(
-                f"{source.name}: no text in column {' or '.join(names)} in {row_count(missing)}; drop the rows or fill them in"
-            )
+        del config
+        rows = source.rows.with_format(None).select_columns(list(columns.inputs))
+        require_text(rows, columns.inputs, where=source.name)
         return rows
 
     def encode(
         self,
         rows: datasets.Dataset,
         *,
-        columns: Columns,
         processor: Any,
         config: DataConfig,
         model_config: Any,
         where: str,
+        seed: int = 0,
     ) -> datasets.Dataset:
         """Tokenize without padding, cut at the longest length, and log once how many texts were cut."""
-        names = list(columns.text or ())
+        del seed
+        names = [name for name in rows.column_names if name != "labels"]
         limit, _ = length_limit(processor, config=config, model_config=model_config)
         encoded = rows.map(
             tokenize,
@@ -84,37 +107,56 @@ class TextInputs:
             remove_columns=names,
             fn_kwargs={"names": names, "tokenizer": processor, "limit": limit, "version": TOKENIZE_VERSION},
             num_proc=config.workers if config.workers > 1 else None,
-            keep_in_memory=not _cache_is_writable(rows),
+            keep_in_memory=not cache_is_writable(rows),
             desc=f"tokenizing {where}",
         )
-        cut = sum(encoded["truncated"])
-        logger.info(
-            "%s: %s of %s texts (%.1f %%) are longer than %d tokens and are cut there",
-            where,
-            f"{cut:,}",
-            f"{len(encoded):,}",
-            100 * cut / len(encoded),
-            limit,
-        )
-        return encoded.remove_columns("truncated")
+        return log_cuts(encoded, where=where, limit=limit)
 
     def collator(self, processor: Any, *, config: DataConfig, model_config: Any) -> Callable[[list[Any]], Any]:
         """Pad each batch to its longest text, rounded up to a multiple of 8 where the model has room for it."""
-        limit, room = length_limit(processor, config=config, model_config=model_config)
-        fits = room is None or -(-limit // PAD_TO) * PAD_TO <= room
-        return DataCollatorWithPadding(processor, pad_to_multiple_of=PAD_TO if fits else None)
+        multiple = padding_multiple(processor, config=config, model_config=model_config)
+        return DataCollatorWithPadding(processor, pad_to_multiple_of=multiple)
 
-    def contents(self, rows: datasets.Dataset, columns: Columns) -> Iterator[bytes]:
+    def contents(self, rows: datasets.Dataset) -> Iterator[bytes]:
         """The texts in UTF-8; those of a pair each with their length in front, so that they cannot run together."""
-        names = list(columns.text or ())
+        names = [name for name in rows.column_names if name != "labels"]
         for batch in rows.select_columns(names).iter(batch_size=10_000):
             for texts in zip(*(batch[name] for name in names), strict=True):
                 encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
                 yield b"".join(len(text).to_bytes(8, "little") + text for text in encoded)
 
-    def model_kwargs(self, processor: Any, model_config: Any) -> dict[str, Any]:
-        """The padding token of a model that does not know one: it finds the last token of a text by it."""
-        return {} if model_config.pad_token_id is not None else {"pad_token_id": processor.pad_token_id}
+
+def require_text(rows: datasets.Dataset, names: Sequence[str], *, where: str) -> None:
+    """Check that each row has text in one of some columns, and a text, if an empty one, in all of them.
+
+    Raises:
+        DataError: One line that says in how many rows there is none.
+    """
+    missing: list[int] = []
+    start = 0
+    for batch in rows.select_columns(list(names)).iter(batch_size=10_000):
+        for offset, texts in enumerate(zip(*(batch[name] for name in names), strict=True)):
+            if any(text is None for text in texts) or not any(text.strip() for text in texts):
+                missing.append(start + offset)
+        start += len(batch[names[0]])
+    if missing:
+        raise DataError(
+            f"{where}: no text in column {' or '.join(names)} in {row_count(missing)}; drop the rows or fill them in"
+        )
+
+
+def log_cuts(encoded: datasets.Dataset, *, where: str, limit: int) -> datasets.Dataset:
+    """Say how many rows were cut, and take away the column "truncated" that says which."""
+    cut = sum(encoded["truncated"])
+    logger.info(
+        "%s: %s of %s texts (%.1f %%) are longer than %d tokens and are cut there",
+        where,
+        f"{cut:,}",
+        f"{len(encoded):,}",
+        100 * cut / len(encoded),
+        limit,
+    )
+    return encoded.remove_columns("truncated")
 
 
 def tokenize(
@@ -170,6 +212,12 @@ def length_limit(processor: Any, *, config: DataConfig, model_config: Any) -> tu
     return (config.max_length, None) if room is None else (min(config.max_length, room), room)
 
 
-def _cache_is_writable(rows: datasets.Dataset) -> bool:
+def padding_multiple(processor: Any, *, config: DataConfig, model_config: Any) -> int | None:
+    """What padded lengths are a multiple of: 8, or None where the model has no room for that."""
+    limit, room = length_limit(processor, config=config, model_config=model_config)
+    return PAD_TO if room is None or -(-limit // PAD_TO) * PAD_TO <= room else None
+
+
+def cache_is_writable(rows: datasets.Dataset) -> bool:
     """Whether results may be cached beside the data (which save_to_disk may have put into a read-only folder)."""
     return all(os.access(Path(file["filename"]).parent, os.W_OK) for file in rows.cache_files)

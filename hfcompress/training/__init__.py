@@ -7,6 +7,7 @@ from hfcompress.training.trainers import (
     PruningTrainer,
     Seq2SeqCompressionTrainer,
     Seq2SeqDistillationTrainer,
+    Seq2SeqPlainTrainer,
     Seq2SeqPruningTrainer,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "PruningTrainer",
     "Seq2SeqCompressionTrainer",
     "Seq2SeqDistillationTrainer",
+    "Seq2SeqPlainTrainer",
     "Seq2SeqPruningTrainer",
 ]

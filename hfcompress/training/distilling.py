@@ -1,46 +1,59 @@
-"""Distillation inside a Trainer: which tensors of student and teacher are compared, and which items count."""
+"""Distillation inside a Trainer: who teaches, what comes with the model into checkpoints, and when."""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import safetensors.torch
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hfcompress.anatomy import StructureError, find_layers, find_stream
-from hfcompress.checkpoints.record import add_step, read_hidden
-from hfcompress.config import DistillConfig, Recipe
+from hfcompress.checkpoints.record import add_step
+from hfcompress.config import DistillConfig, Recipe, ever_positive, value_at
 from hfcompress.distillation import (
+    AverageTeacher,
+    CachedTeacher,
+    CachingCollator,
+    Ensemble,
     Teacher,
-    binary_kl_divergence,
-    capture_outputs,
-    kl_divergence,
-    make_map,
-    mean_over_items,
-    mean_squared_error,
+    capture,
+    match_vocabularies,
+    student_inputs,
 )
+from hfcompress.distillation.cache_format import MANIFEST_FILE
+from hfcompress.distillation.teachers import OWN_ANSWERS
+from hfcompress.training.comparing import Comparison, Seen, Shape, shape_of
 from hfcompress.training.exact import ExactTrainerMixin
-from hfcompress.training.items import ItemCounts, label_mask
+from hfcompress.training.items import ItemCounts
+from hfcompress.training.on_policy import OnPolicy
+from hfcompress.training.self_test import test_gradients
 
 logger = logging.getLogger(__name__)
 
 PROJECTIONS_FILE = "hfcompress_projections.safetensors"
+AVERAGE_FILE = "hfcompress_average.safetensors"
+STATE_FILE = "hfcompress_distillation.json"
+
+TeacherLike: TypeAlias = PreTrainedModel | str | os.PathLike[str] | Teacher | Sequence[Any]
 
 
 class DistillationMixin(ExactTrainerMixin):
     """Adds a teacher to a Trainer.
 
-    * `_loss_terms`: adds the terms that compare student and teacher.
+    * `_loss_terms`: adds the terms that compare student and teacher. The teacher runs first, so that its activations are gone
+      before the student's are there.
+    * `get_batch_samples`: with `on_policy`, replaces answers by the student's own before they are counted.
+    * `get_train_dataloader`: lets the workers read a cached teacher's targets.
+    * `_set_signature_columns_if_needed`: keeps the columns that are for the teacher alone.
     * `create_optimizer`: adds the projections between hidden states of different widths, if there are any.
     * `training_step`: averages their gradients over processes, as the wrapper does for the model's.
-    * `_save_optimizer_and_scheduler`: keeps these projections in checkpoints; they are never part of the model.
+    * `_save_optimizer_and_scheduler`: keeps in checkpoints what a run needs to go on and is no part of the model.
 
     The teacher is no part of the Trainer's model: it is in eval mode, has no gradients, is never wrapped, prepared,
     optimized or saved. In evaluation only the labels count (or the teacher, where there are none).
@@ -50,7 +63,7 @@ class DistillationMixin(ExactTrainerMixin):
         self,
         model: PreTrainedModel | None = None,
         *args: Any,
-        teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
+        teacher: TeacherLike | None = None,
         recipe: Recipe | None = None,
         **kwargs: Any,
     ) -> None:
@@ -58,9 +71,8 @@ class DistillationMixin(ExactTrainerMixin):
         self.recipe = recipe
         self.distill: DistillConfig | None = recipe.distill
         self.teacher: Teacher | None = None
-        self._projections = nn.ModuleDict()
-        self._layer_pairs: tuple[tuple[int, int], ...] = ()
-        self._student_layers = 0
+        self.comparison: Comparison | None = None
+        self._on_policy: OnPolicy | None = None
         self._resumed_from: str | None = None
         super().__init__(model, *args, recipe=recipe, **kwargs)
         if self.distill is None:
@@ -74,38 +86,128 @@ class DistillationMixin(ExactTrainerMixin):
                 "the recipe asks for distillation, but no teacher was given; pass teacher=a model or a path"
             )
         self._set_teacher(teacher)
-        self.add_callback(_ProjectionCallback(self))
+        self.add_callback(_DistillationCallback(self))
 
-    def _set_teacher(self, teacher: PreTrainedModel | str | os.PathLike[str]) -> None:
+    # ---- who teaches whom ----
+
+    def _student(self) -> Any:
+        """The transformers model that learns."""
+        return without_adapters(self.accelerator.unwrap_model(self.model))
+
+    def _set_teacher(self, teacher: TeacherLike) -> None:
         assert self.distill is not None
-        student = without_adapters(self.accelerator.unwrap_model(self.model))
-        if isinstance(teacher, str | os.PathLike):
-            teacher = type(student).from_pretrained(teacher, use_safetensors=True)
-        _check_nothing_is_shared(student, teacher)
-        _check_outputs_match(student, teacher)
-        self.teacher = Teacher(teacher, label_names=self.label_names)
+        student = self._student()
+        self.teacher = self._as_teacher(teacher, student)
         self.teacher.to(self.args.device)
-        if self.distill.hidden.weight > 0:
-            if self._layers_go() and isinstance(self.distill.hidden.layers, list):
+        if self.distill.on_policy is not None:
+            self._on_policy = OnPolicy(self.distill.on_policy, student, seed=self.args.seed)
+            if isinstance(self.teacher, CachedTeacher):
                 raise ValueError(
-                    "distill.hidden.layers names layers by their number, which changes while prune.units: layers drops some; use all or last"
+                    "a cached teacher has not seen what the student will write; leave out distill.on_policy, or use the teacher itself"
                 )
-            self._pair_layers(student)
+        self.comparison = Comparison(
+            self.distill,
+            shifted=self._predicts_next_token,
+            classes=self._shared_classes(student),
+            problem_type=getattr(student.config, "problem_type", None),
+            frames_of=getattr(student, "_get_feature_vector_attention_mask", None),
+        )
+        if self.comparison.looks_inside:
+            self._refuse_numbers_that_change()
+            self.comparison.pair(self._student_shape(), self._teacher_shape())
+
+    def _as_teacher(self, teacher: TeacherLike, student: nn.Module) -> Teacher:
+        if isinstance(teacher, AverageTeacher):
+            if self.recipe.prune is not None:
+                raise ValueError(
+                    "an average of the student's weights cannot follow a student that is pruned; prune in a run of its own"
+                )
+            teacher.follow(student)
+            return teacher
+        if isinstance(teacher, Teacher):
+            for model in teacher.models:
+                self._check_teacher(student, model, shares=teacher.shares_weights)
+            return teacher
+        if isinstance(teacher, str | os.PathLike):
+            if (Path(teacher) / MANIFEST_FILE).is_file():
+                return CachedTeacher(teacher)
+            teacher = type(student).from_pretrained(teacher, use_safetensors=True)  # type: ignore[attr-defined]
+        if isinstance(teacher, list | tuple):
+            return Ensemble([self._as_teacher(one, student) for one in teacher])
+        self._check_teacher(student, teacher)  # type: ignore[arg-type]
+        return Teacher(teacher, label_names=self.label_names)  # type: ignore[arg-type]
+
+    def _check_teacher(self, student: Any, teacher: Any, *, shares: bool = False) -> None:
+        if not shares:
+            _check_nothing_is_shared(student, teacher)
+        _check_outputs_match(student, teacher)
+
+    def _shared_classes(self, student: Any) -> int | None:
+        """Leading classes that both models predict, where their vocabularies differ by padding only."""
+        assert self.teacher is not None and self.distill is not None
+        if not ever_positive(self.distill.logits.weight) or self.distill.logits.loss == "uld" or _classifies(student):
+            return None
+        models = [model for model in self.teacher.models if hasattr(model, "config")]
+        sizes = {model.get_output_embeddings().weight.shape[0] for model in (student, *models) if _has_output(model)}
+        if len(sizes) < 2:
+            return None
+        return min(match_vocabularies(student, model, student_tokenizer=self.processing_class) for model in models)
+
+    def _refuse_numbers_that_change(self) -> None:
+        assert self.distill is not None
+        for name in ("hidden", "attentions", "relations"):
+            term = getattr(self.distill, name)
+            if ever_positive(term.weight) and self._layers_go() and isinstance(term.layers, list):
+                raise ValueError(
+                    f"distill.{name}.layers names layers by their number, which changes while prune.units: layers drops some; use all or last"
+                )
 
     def _layers_go(self) -> bool:
         """Whether the student loses layers while it is trained."""
         prune = self.recipe.prune
         return prune is not None and "layers" in prune.units
 
-    def _pair_layers(self, student: nn.Module) -> None:
-        """Which layers are compared, for the layers that the student has now."""
-        assert self.distill is not None and self.teacher is not None
-        self._student_layers = len(find_layers(student))
-        self._layer_pairs = make_map(
-            self.distill.hidden.layers,
-            student_layers=self._student_layers,
-            teacher_layers=len(find_layers(self.teacher.model)),
+    def _student_shape(self) -> Shape:
+        return shape_of(self._student())
+
+    def _teacher_shape(self) -> Shape:
+        assert self.teacher is not None
+        if isinstance(self.teacher, CachedTeacher):
+            return Shape(self.teacher.cache.manifest.layers, self.teacher.cache.manifest.width)
+        if isinstance(self.teacher, Ensemble):
+            raise ValueError(
+                "several teachers are compared by their predictions only; set the weights of hidden, attentions, relations and embeddings to 0"
+            )
+        return shape_of(without_adapters(self.teacher.model))
+
+    # ---- batches ----
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, whose workers also read what a cached teacher said."""
+        if not isinstance(self.teacher, CachedTeacher):
+            return super().get_train_dataloader()
+        collate: Any = self.data_collator  # type: ignore[has-type]
+        self.data_collator = CachingCollator(collate, self.teacher.cache)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+    def _set_signature_columns_if_needed(self) -> None:
+        fresh = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        names = getattr(self.train_dataset, "column_names", None)
+        if fresh and isinstance(names, list):
+            self._signature_columns += [name for name in names if name.startswith("teacher_")]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of one optimizer step; with `on_policy` with answers of the student's own."""
+        if self._on_policy is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        own = self._on_policy.rewrite(
+            epoch_iterator, self._student(), step=self.state.global_step, rank=self.args.process_index, device=device
         )
+        return super().get_batch_samples(own, num_batches, device)
 
     # ---- loss ----
 
@@ -113,110 +215,36 @@ class DistillationMixin(ExactTrainerMixin):
         self, model: nn.Module, inputs: Mapping[str, Any], counts: ItemCounts
     ) -> tuple[Any, dict[str, torch.Tensor]]:
         has_labels = any(inputs.get(name) is not None for name in self.label_names)
-        if self.teacher is None or self.distill is None or (not model.training and has_labels):
-            return super()._loss_terms(model, inputs, counts)
+        if self.teacher is None or self.distill is None or (not model.training and has_labels and not self._testing):
+            return super()._loss_terms(model, student_inputs(inputs), counts)
+        assert self.comparison is not None
         student = without_adapters(self.accelerator.unwrap_model(model))
-        asked = _with_decoder_inputs(student, inputs)
-        if self._layer_pairs and self._layers_go() and len(find_layers(student)) != self._student_layers:
-            self._pair_layers(student)
-        with self._capture(student, side=0) as ours:
-            outputs = self._run_model(model, inputs)
-        with self._capture(self.teacher.model, side=1) as theirs, self.accelerator.autocast():
-            targets = self.teacher(asked)
+        if self.comparison.looks_inside and self._layers_go():
+            self.comparison.pair(self._student_shape(), self._teacher_shape())
+        of_student, of_teacher = self.comparison.wanted()
+        with self.accelerator.autocast():
+            targets = self.teacher(_with_decoder_inputs(student, inputs), wanted=of_teacher)
+        given = student_inputs(inputs)
+        with capture(student, of_student) as captured:
+            outputs = self._run_model(model, given)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
         terms: dict[str, torch.Tensor] = {}
-        task = self._task_loss(outputs, inputs, counts) if self.distill.task.weight > 0 and has_labels else None
-        if task is not None:
-            terms["task"] = self.distill.task.weight * task
-        if self.distill.logits.weight > 0:
-            terms["logits"] = self.distill.logits.weight * self._logits_loss(student, outputs, targets, inputs, counts)
-        if self._layer_pairs:
-            hidden = self.distill.hidden.weight * self._hidden_loss(ours, theirs, inputs, counts)
-            # Alone it does not reach the head, and DistributedDataParallel waits for the gradient of every output.
-            terms["hidden"] = hidden if terms else hidden + _nothing_of(outputs)
+        if has_labels and ever_positive(self.distill.task.weight) and not inputs.get(OWN_ANSWERS):
+            task = self._task_loss(outputs, given, counts)
+            if task is not None:
+                terms["task"] = value_at(self.distill.task.weight, progress) * task
+        terms |= self.comparison.terms(Seen(inputs, outputs, captured, counts, progress), targets)
+        if not {"task", "logits"} & terms.keys():
+            # Inner terms alone do not reach the head, and DistributedDataParallel waits for the gradient of every output.
+            name = next(iter(terms))
+            terms[name] = terms[name] + _nothing_of(outputs)
         return outputs, terms
 
-    def _capture(self, model: nn.Module, *, side: int) -> contextlib.AbstractContextManager[dict[int, torch.Tensor]]:
-        if not self._layer_pairs:
-            return contextlib.nullcontext({})
-        layers = find_layers(model)
-        return capture_outputs({pair[side]: layers[pair[side]] for pair in self._layer_pairs})
-
-    def _logits_loss(
-        self, student: nn.Module, outputs: Any, targets: Any, inputs: Mapping[str, Any], counts: ItemCounts
-    ) -> torch.Tensor:
-        """The divergence of the two models' predictions, over the items that the task predicts."""
-        assert self.distill is not None and self.teacher is not None
-        temperature = self.distill.logits.temperature
-        spans = "start_logits" in outputs
-        if ("start_logits" if spans else "logits") not in targets:
-            raise ValueError(
-                f"the teacher {type(self.teacher.model).__name__} gives no {'spans' if spans else 'logits'}; "
-                "it needs the same kind of head as the student"
-            )
-        if spans:
-            return self._span_loss(outputs, targets, inputs, counts)
-        ours, theirs = outputs["logits"], targets["logits"].to(outputs["logits"].device)
-        if ours.shape != theirs.shape:
-            raise ValueError(
-                f"the student predicts {tuple(ours.shape)} and the teacher {tuple(theirs.shape)} for the same batch; "
-                "both need the same labels or vocabulary and the same tokenizer"
-            )
-        problem = getattr(student.config, "problem_type", None)
-        if problem == "regression" or ours.shape[-1] == 1:
-            return mean_squared_error(ours, theirs, count=counts.examples)
-        if problem == "multi_label_classification":
-            return binary_kl_divergence(ours, theirs, temperature=temperature, count=counts.examples)
-        if ours.dim() == 2:
-            return kl_divergence(ours, theirs, temperature=temperature, count=counts.examples)
-        labels, attention = inputs.get("labels"), inputs.get("attention_mask")
-        shifted = self._predicts_next_token
-        if labels is not None:
-            mask, count = label_mask(labels, shifted=shifted), counts.labels
-        elif attention is not None:
-            # Without labels every real token counts; the first has nothing before it that could predict it.
-            mask = (attention[..., 1:] * attention[..., :-1] if shifted else attention).bool()
-            count = counts.tokens - counts.examples if shifted else counts.tokens
-        else:
-            mask, count = None, counts.examples * (ours.shape[1] - int(shifted))
-        if shifted:
-            ours, theirs = ours[:, :-1], theirs[:, :-1]
-        return kl_divergence(ours, theirs, temperature=temperature, mask=mask, count=count)
-
-    def _span_loss(self, outputs: Any, targets: Any, inputs: Mapping[str, Any], counts: ItemCounts) -> torch.Tensor:
-        """Question answering: where the answer starts and where it ends, mean of both; padding is no candidate."""
-        assert self.distill is not None
-        attention, losses = inputs.get("attention_mask"), []
-        for name in ("start_logits", "end_logits"):
-            ours, theirs = outputs[name], targets[name].to(outputs[name].device)
-            if attention is not None:
-                padding = attention == 0
-                ours, theirs = (x.float().masked_fill(padding, -1e9) for x in (ours, theirs))
-            losses.append(
-                kl_divergence(ours, theirs, temperature=self.distill.logits.temperature, count=counts.examples)
-            )
-        return torch.stack(losses).mean()
-
-    def _hidden_loss(
-        self,
-        ours: Mapping[int, torch.Tensor],
-        theirs: Mapping[int, torch.Tensor],
-        inputs: Mapping[str, Any],
-        counts: ItemCounts,
-    ) -> torch.Tensor:
-        """Mean over the layer pairs, then over tokens that are not padding (of all image patches)."""
-        mask, losses = inputs.get("attention_mask"), []
-        for student, teacher in self._layer_pairs:
-            mine, target = ours[student], theirs[teacher].to(ours[student].device)
-            if (key := f"{student}_{teacher}") in self._projections:
-                mine = self._projections[key](mine.float())
-            if mask is not None:
-                losses.append(mean_squared_error(mine, target, mask=mask.bool(), count=counts.tokens))
-            else:
-                per_example = (mine.float() - target.detach().float()).square().flatten(1).mean(1)
-                losses.append(mean_over_items(per_example, count=counts.examples))
-        return torch.stack(losses).mean()
-
     # ---- projections ----
+
+    @property
+    def _projections(self) -> nn.ModuleDict:
+        return nn.ModuleDict() if self.comparison is None else self.comparison.projections
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer as Trainer does, with a group for the projections between unequal widths."""
@@ -235,19 +263,15 @@ class DistillationMixin(ExactTrainerMixin):
         return optimizer
 
     def _make_projections(self) -> None:
-        if not self._layer_pairs or self.teacher is None or len(self._projections):
+        if self.comparison is None or not self.comparison.looks_inside or self.teacher is None:
             return
-        student = self.accelerator.unwrap_model(self.model)
-        widths = _stream_width(without_adapters(student)), _stream_width(self.teacher.model)
-        if widths[0] == widths[1]:
-            return
-        if self._layers_go():
+        ours, theirs = self._student_shape(), self._teacher_shape()
+        self.comparison.make_projections(ours, theirs)
+        if len(self._projections) and self._layers_go() and not self.comparison.dynamic:
             raise ValueError(
-                f"hidden states of {widths[0]} and {widths[1]} features are compared through a projection for each layer, which cannot "
+                f"hidden states of {ours.width} and {theirs.width} features are compared through a projection for each layer, which cannot "
                 "follow prune.units: layers; set distill.hidden.weight to 0, or drop layers in a run of their own"
             )
-        for pair in self._layer_pairs:
-            self._projections[f"{pair[0]}_{pair[1]}"] = nn.Linear(*widths, bias=False)
         self._projections.to(self.args.device)
 
     def _load_projections(self) -> None:
@@ -259,12 +283,51 @@ class DistillationMixin(ExactTrainerMixin):
             if self.args.world_size > 1:
                 torch.distributed.broadcast(parameter.data, src=0)
 
+    # ---- a run ----
+
     def _begin_run(self) -> None:
         super()._begin_run()
         self._resumed_from = None
         self._projections.zero_grad()  # of a step that was interrupted
-        if self.model_init is not None:
-            self._projections = nn.ModuleDict()
+        if self.model_init is not None and self.comparison is not None:
+            self.comparison.projections = nn.ModuleDict()
+
+    def _start_distilling(self) -> None:
+        """Before the first step: take up what a checkpoint kept, and look whether the loss is what it should be."""
+        if self.comparison is None or self.teacher is None or self.distill is None:
+            return
+        if isinstance(self.teacher, AverageTeacher) and self._resumed_from is None and self.model_init is not None:
+            self.teacher.follow(self._student())
+        if self._resumed_from is not None:
+            self._take_up(Path(self._resumed_from))
+        elif self.distill.self_test:
+            test_gradients(self)
+
+    def _take_up(self, folder: Path) -> None:
+        assert self.comparison is not None
+        if isinstance(self.teacher, AverageTeacher):
+            path = folder / AVERAGE_FILE
+            if not path.is_file():
+                raise ValueError(
+                    f"{folder} was not written by a run with an average as its teacher ({path.name} is missing)"
+                )
+            safetensors.torch.load_model(self.teacher.model, path)
+            self.teacher.to(self.args.device)
+        if self.comparison.dynamic and (folder / STATE_FILE).is_file():
+            pairs = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["hidden"]
+            self.comparison.hidden = tuple((student, teacher) for student, teacher in pairs)
+
+    def _end_step(self) -> None:
+        """After an optimizer step: what follows the student."""
+        self._projections.zero_grad()
+        if isinstance(self.teacher, AverageTeacher):
+            self.teacher.update(self._student(), step=self.state.global_step)
+        comparison = self.comparison
+        if comparison is not None and comparison.dynamic and comparison.distances is not None:
+            distances = comparison.distances
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(distances)
+            comparison.match_again(distances)
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One batch forward and backward as in Trainer, and the projections' gradients averaged over processes."""
@@ -282,31 +345,36 @@ class DistillationMixin(ExactTrainerMixin):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if len(self._projections) and self.args.should_save:
-            safetensors.torch.save_model(self._projections, str(Path(output_dir) / PROJECTIONS_FILE))
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir)
+        if len(self._projections):
+            safetensors.torch.save_model(self._projections, str(folder / PROJECTIONS_FILE))
+        if isinstance(self.teacher, AverageTeacher):
+            safetensors.torch.save_model(self.teacher.model, str(folder / AVERAGE_FILE))
+        if self.comparison is not None and self.comparison.dynamic:
+            facts = {"hidden": [list(pair) for pair in self.comparison.hidden]}
+            (folder / STATE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def _record_steps(self) -> None:
         super()._record_steps()
         if self.distill is None or self.teacher is None:
             return
         model = self.accelerator.unwrap_model(self.model)
-        teacher = self.teacher.model
         add_step(
             model.config,
             "distill",
-            teacher=_name_of(teacher),
+            teacher=_names_of(self.teacher),
             settings=self.distill.model_dump(),
             optimizer_steps=self.state.global_step,
         )
 
 
-def _stream_width(model: nn.Module) -> int:
-    """Features of the hidden states between layers: the config says how many there were before the hidden width was cut."""
-    try:
-        return find_stream(model).width
-    except StructureError:  # of an architecture that is not known, with adapters, or quantized
-        hidden = read_hidden(model.config)
-        return int(model.config.hidden_size) if hidden is None else hidden[0]  # type: ignore[union-attr, arg-type]
+def _names_of(teacher: Teacher) -> str:
+    """The teacher, or all of several."""
+    if isinstance(teacher, CachedTeacher):
+        return teacher.cache.manifest.teacher
+    return ", ".join(_name_of(without_adapters(model)) for model in teacher.models)
 
 
 def _name_of(teacher: nn.Module) -> str:
@@ -315,14 +383,17 @@ def _name_of(teacher: nn.Module) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-class _ProjectionCallback(TrainerCallback):
-    """Does for the projections what the training loop does for the model's parameters."""
+class _DistillationCallback(TrainerCallback):
+    """Does for what is beside the model what the training loop does for the model."""
 
     def __init__(self, trainer: DistillationMixin) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer._start_distilling()
+
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.trainer._projections.zero_grad()
+        self.trainer._end_step()
 
 
 def without_adapters(model: nn.Module) -> Any:
@@ -382,6 +453,10 @@ def _check_outputs_match(student: PreTrainedModel, teacher: PreTrainedModel) -> 
                     "set the student's id2label to the teacher's"
                 )
             logger.warning("student and teacher name their labels differently: %s and %s", names[0][:5], names[1][:5])
+
+
+def _has_output(model: Any) -> bool:
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 
 def _classifies(model: PreTrainedModel) -> bool:

@@ -70,6 +70,7 @@ class ExactTrainerMixin(_TrainerBase):
         self._route_checks: list[RouteCheck] | None = None
         self._term_sums: dict[str, torch.Tensor] = {}
         self._terms_since_step = 0
+        self._testing = False  # the loss is looked at as in training, with the model in eval mode
         if self.args.n_gpu > 1:
             logger.warning(
                 "several GPUs are visible to one process; DataParallel is slow and breaks distillation, so one GPU is used. "

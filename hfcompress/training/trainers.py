@@ -124,3 +124,7 @@ class PlainTrainer(ExactTrainerMixin, Trainer):
 
     For teachers and baselines; takes what `Trainer` takes.
     """
+
+
+class Seq2SeqPlainTrainer(ExactTrainerMixin, Seq2SeqTrainer):
+    """`Seq2SeqTrainer` with what `PlainTrainer` adds to `Trainer`."""

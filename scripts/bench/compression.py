@@ -1,15 +1,17 @@
-"""Benchmark: pruning while fine-tuning with distillation, ours and other means, each with the same steps and the same distillation.
+"""Benchmark: pruning while fine-tuning, ours and other means, each for the same steps on the same data, with distillation or without.
 
     python scripts/bench/compression.py --task banking77 --teacher PATH --train FILE --eval FILE... --target 8 --method ours --seed 0
     python scripts/bench/compression.py --summary
 
 One run is one file under scripts/bench/results/compression/; --summary prints the table of all of them and writes
-scripts/bench/results/compression.json. Methods:
+scripts/bench/results/compression.json. Methods (with --no-distillation their names end in -plain):
 
-    ours        optimal brain surgeon under measured time, least-squares repair, distillation
-    random      the same share of random units everywhere, distillation
-    magnitude   the units with the largest weights under measured time, distillation
-    layers      every so many-th layer of the teacher, distillation (as few layers as come nearest to the target)
+    ours           optimal brain surgeon under measured time, least-squares repair
+    random         the same share of random units everywhere, as much as the measured time asks for
+    magnitude      the units with the largest weights under measured time
+    layers         every so many-th layer of the teacher (as few layers as come nearest to the target)
+    torch_pruning  Torch-Pruning 1.6 (pip install torch-pruning): its dependency graph and its Taylor importance on 512 examples; the same
+                   share of heads and neurons everywhere, the one whose measured time comes nearest to the target; all at the start
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ import torch
 import transformers
 from datasets import load_dataset
 
-from hfcompress import CompressionTrainer, DistillationTrainer, Recipe
+from hfcompress import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer, Recipe
 from hfcompress.anatomy import drop_layers, find_sites
+from hfcompress.config import MeasureConfig, Target
 from hfcompress.measurement import (
     accuracy,
     compare_latency,
@@ -46,6 +49,8 @@ from hfcompress.measurement import (
     speedup,
 )
 from hfcompress.measurement.costs import flops_costs
+from hfcompress.measurement.latency_table import fast_multiple
+from hfcompress.pruning.budgets import Stopwatch
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.evaluation import predict
 from hfcompress.tasks import prepare
@@ -68,6 +73,9 @@ TRAIN = {
     "optim": "adamw_torch_fused",
     "train_sampling_strategy": "group_by_length",
 }
+# Training examples that Torch-Pruning's importance is read from.
+SAMPLES = 512
+METHODS = ("ours", "random", "magnitude", "layers", "torch_pruning")
 # Goals of the project at each target, as a share of the teacher's accuracy.
 GOALS = {
     "sst2": {2.0: 1.0, 4.0: 0.995, 8.0: 0.99, 16.0: 0.97},
@@ -75,10 +83,17 @@ GOALS = {
 }
 
 
-def prune_section(method: str, target: float) -> dict[str, Any]:
-    """The recipe's section for a method."""
+def timed_target(target: float) -> dict[str, Any]:
+    """How many times faster the layers are to be, and where that is measured."""
+    return {"speedup": target, "scope": "layers", "batch": 32, "length": 64, "threads": 1}
+
+
+def prune_section(method: str, target: float) -> dict[str, Any] | None:
+    """The recipe's section for a method; None if it does not prune while it trains."""
+    if method in ("layers", "torch_pruning"):
+        return None
     section = {
-        "target": {"speedup": target, "scope": "layers", "batch": 32, "length": 64, "threads": 1},
+        "target": timed_target(target),
         "schedule": {"name": "polynomial", "start": 0.0, "end": 0.04, "updates": 2},
         "units": ["heads", "neurons", "sublayers", "layers"],
         "criterion": {"name": "obs", "samples": 1024},
@@ -97,7 +112,10 @@ def main() -> None:
     parser.add_argument("--train", help="parquet file with sentence and label")
     parser.add_argument("--eval", nargs="+", help="parquet files, pooled")
     parser.add_argument("--target", type=float, help="times faster than the teacher's layers")
-    parser.add_argument("--method", default="ours", choices=["ours", "random", "magnitude", "layers"])
+    parser.add_argument("--method", default="ours", choices=METHODS)
+    parser.add_argument("--distillation", action=argparse.BooleanOptionalAction, default=True, help="from the teacher")
+    parser.add_argument("--learning-rate", type=float, help="another one than the task's")
+    parser.add_argument("--max-steps", type=int, help="train so many steps only, to try the benchmark: nothing is kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/bench-compression")
     parser.add_argument("--summary", action="store_true", help="print the table of the runs there are")
@@ -113,26 +131,37 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     result = run(options)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    path = RUNS / f"{options.task}-{options.method}-{options.target:g}x-{options.seed}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if options.max_steps is None:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        (RUNS / f"{run_name(options)}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result["figures"], indent=2))
+
+
+def method_name(options: argparse.Namespace) -> str:
+    return options.method if options.distillation else f"{options.method}-plain"
+
+
+def run_name(options: argparse.Namespace) -> str:
+    rate = "" if options.learning_rate is None else f"-lr{options.learning_rate:g}"
+    return f"{options.task}-{method_name(options)}-{options.target:g}x-{options.seed}{rate}"
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One run from the teacher to the numbers."""
     started = time.perf_counter()
-    output = Path(options.output) / f"{options.task}-{options.method}-{options.target:g}x-{options.seed}"
+    output = Path(options.output) / run_name(options)
     output.mkdir(parents=True, exist_ok=True)
     pooled = output / "eval.parquet"
     rows = [load_dataset("parquet", data_files=path, split="train") for path in options.eval]
     datasets.concatenate_datasets(rows).to_parquet(pooled)
-    layers = options.method == "layers"
+    train = {**TRAIN, **TASKS[options.task]}
+    train |= {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
+    train |= {} if options.max_steps is None else {"max_steps": options.max_steps}
     recipe = Recipe.from_dict(
         {
-            "distill": DISTILL,
-            **({} if layers else {"prune": prune_section(options.method, options.target)}),
-            "train": {**TRAIN, **TASKS[options.task]},
+            "distill": DISTILL if options.distillation else None,
+            "prune": prune_section(options.method, options.target),
+            "train": train,
             "data": {
                 "train": options.train,
                 "eval": str(pooled),
@@ -157,27 +186,88 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         label_names=names,
     )
     student = copy.deepcopy(teacher)
-    if layers:
+    begun = time.perf_counter()
+    if options.method == "layers":
         drop_layers(student, {"encoder": spread(teacher.config.num_hidden_layers, options.target)})
-    kind = DistillationTrainer if layers else CompressionTrainer
-    trainer = kind(
-        model=student,
-        teacher=copy.deepcopy(teacher),
-        recipe=recipe,
-        args=training_arguments(output / "checkpoints", recipe.train, seed=options.seed),
-        train_dataset=task.train_dataset,
-        data_collator=task.data_collator,
-        processing_class=task.processing_class,
-    )
+    if options.method == "torch_pruning":
+        cut_with_torch_pruning(student, task, options.target, seed=options.seed)
+    preparation_s = time.perf_counter() - begun
+    trainer = make_trainer(options, recipe, student, teacher, task, output)
     begun = time.perf_counter()
     trainer.train()
     training_s = time.perf_counter() - begun
-    trainer.save_model(str(output / "student"))
+    if options.method != "torch_pruning":  # no config says what Torch-Pruning left, so nothing could load the folder
+        trainer.save_model(str(output / "student"))
     return measure(options, teacher, trainer.model, task, recipe) | {
+        "preparation_s": round(preparation_s, 1),
         "training_s": round(training_s, 1),
         "wall_s": round(time.perf_counter() - started, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def make_trainer(
+    options: argparse.Namespace, recipe: Recipe, student: Any, teacher: Any, task: Any, output: Path
+) -> transformers.Trainer:
+    """The trainer that does what the recipe asks for, and nothing else."""
+    settings: dict[str, Any] = {
+        "model": student,
+        "args": training_arguments(output / "checkpoints", recipe.train, seed=options.seed),
+        "train_dataset": task.train_dataset,
+        "data_collator": task.data_collator,
+        "processing_class": task.processing_class,
+    }
+    if recipe.prune is not None or recipe.distill is not None:
+        settings["recipe"] = recipe
+    if recipe.distill is not None:
+        settings["teacher"] = copy.deepcopy(teacher)
+        return (DistillationTrainer if recipe.prune is None else CompressionTrainer)(**settings)
+    return (PlainTrainer if recipe.prune is None else PruningTrainer)(**settings)
+
+
+def cut_with_torch_pruning(model: Any, task: Any, target: float, *, seed: int) -> None:
+    """Cut a model in place with Torch-Pruning: groups of its dependency graph, scores of its Taylor importance.
+
+    Its pruners of whole models fail on BERT, so the groups are cut one by one, of attention whole heads.
+    """
+    import torch_pruning  # only this method needs it
+
+    kept = units_for(model, target)
+    model.eval()
+    chosen = np.random.default_rng(seed).permutation(len(task.train_dataset))[:SAMPLES].tolist()
+    for start in range(0, len(chosen), 32):
+        batch = task.data_collator([task.train_dataset[index] for index in chosen[start : start + 32]])
+        model(**batch).loss.backward()
+    graph = torch_pruning.DependencyGraph().build_dependency(
+        model, example_inputs(model, batch=2, length=8), output_transform=lambda outputs: outputs.logits
+    )
+    importance, prune = torch_pruning.importance.GroupTaylorImportance(), torch_pruning.prune_linear_out_channels
+    for site in find_sites(model):
+        root = model.get_submodule(site.writers[0].module)
+        group = graph.get_pruning_group(root, prune, list(range(root.out_features)))
+        scores = importance(group).view(site.units, site.width).sum(1)
+        gone = scores.argsort()[: site.units - kept[site.name]]
+        features = (gone[:, None] * site.width + torch.arange(site.width)).flatten().tolist()
+        if features:
+            graph.get_pruning_group(root, prune, features).prune()
+    model.zero_grad()
+    model.train()
+
+
+def units_for(model: Any, target: float) -> dict[str, int]:
+    """The same share of heads and neurons everywhere: the one whose measured speed comes nearest to the target."""
+    sites, steps = find_sites(model), {"heads": 1, "neurons": fast_multiple(torch.device("cpu"))}
+    stopwatch = Stopwatch(model, Target(**timed_target(target)), measure=MeasureConfig())
+    layers = [layer.name for layer in stopwatch.layers]
+    tried: list[tuple[float, dict[str, int]]] = []
+    low, high = 0.0, 1.0
+    for _ in range(9):
+        share = (low + high) / 2
+        units = {site.name: max(1, round(share * site.units / steps[site.kind])) * steps[site.kind] for site in sites}
+        _, ratio = stopwatch.time(units, layers=layers)
+        tried.append((abs(np.log(ratio / target)), units))
+        low, high = (share, high) if ratio > target else (low, share)
+    return min(tried, key=lambda pair: pair[0])[1]
 
 
 def spread(layers: int, target: float) -> tuple[int, ...]:
@@ -242,7 +332,7 @@ def measure(options: argparse.Namespace, teacher: Any, student: Any, task: Any, 
             "n": len(labels),
             "fingerprint": task.fingerprint,
         },
-        "method": options.method,
+        "method": method_name(options),
         "task": options.task,
         "target": options.target,
         "teacher_accuracy": 100 * accuracy(theirs, labels).value,
@@ -256,11 +346,12 @@ def measure(options: argparse.Namespace, teacher: Any, student: Any, task: Any, 
 def summarize() -> None:
     """One table over all runs: mean and range over seeds."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
-    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, float, str, float], list[dict[str, Any]]] = {}
     for one in runs:
-        groups.setdefault((one["task"], one["target"], one["method"]), []).append(one)
+        key = (one["task"], one["target"], one["method"], one["recipe"]["train"]["learning_rate"])
+        groups.setdefault(key, []).append(one)
     table = []
-    for (task, target, method), members in sorted(groups.items()):
+    for (task, target, method, learning_rate), members in sorted(groups.items()):
         value = {name: [m["figures"][name]["value"] for m in members] for name in members[0]["figures"]}
         goal = GOALS[task].get(target)
         share = statistics.mean(value["share_of_teacher"])
@@ -269,6 +360,7 @@ def summarize() -> None:
                 "task": task,
                 "target": target,
                 "method": method,
+                "learning_rate": learning_rate,
                 "seeds": [m["seed"] for m in members],
                 "accuracy": value["accuracy"],
                 "mean_accuracy": statistics.mean(value["accuracy"]),
@@ -284,14 +376,14 @@ def summarize() -> None:
         )
     (RESULTS / "compression.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     print(
-        f"{'task':<10} {'target':>6}  {'method':<10} {'seeds':>5} {'accuracy':>9} {'of teacher':>10} {'goal':>6}  speedup"
+        f"{'task':<10} {'target':>6}  {'method':<19} {'rate':>6} {'seeds':>5} {'accuracy':>9} {'of teacher':>10} {'goal':>6}  speedup"
     )
     for row in table:
         goal = "" if row["goal"] is None else f"{100 * row['goal']:.1f}"
         speeds = ", ".join(f"{speed:.2f}x" for speed in row["layers_speedup"])
         print(
-            f"{row['task']:<10} {row['target']:>5g}x  {row['method']:<10} {len(row['seeds']):>5} {row['mean_accuracy']:>9.2f} "
-            f"{100 * row['share_of_teacher']:>10.2f} {goal:>6}  {speeds}"
+            f"{row['task']:<10} {row['target']:>5g}x  {row['method']:<19} {row['learning_rate']:>6.0e} {len(row['seeds']):>5} "
+            f"{row['mean_accuracy']:>9.2f} {100 * row['share_of_teacher']:>10.2f} {goal:>6}  {speeds}"
         )
 
 

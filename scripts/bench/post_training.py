@@ -33,6 +33,7 @@ from datasets import load_dataset
 from hfcompress.anatomy import find_sites
 from hfcompress.config import DataConfig, MeasureConfig, PruneConfig
 from hfcompress.measurement import accuracy, compare_latency, device_name, example_inputs, mcnemar, provenance, speedup
+from hfcompress.measurement.costs import parameter_costs
 from hfcompress.runs.evaluation import predict
 from hfcompress.runs.examples import perplexity, read_examples
 from hfcompress.runs.post_training import prune_once
@@ -41,6 +42,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # Speedup of the layers to points that may be lost.
 SST2_GOALS = {1.5: 0.3, 2.0: 1.0, 3.6: 4.0}
 SAMPLES = 2048
+# Of the parameters of the layers of SmolLM2, how many go, and how.
+SHARE = 0.2
+SMOLLM2_METHODS: dict[str, dict[str, Any]] = {
+    "ours": {"criterion": "obs", "repair": True},
+    "magnitude": {"criterion": "magnitude", "repair": False},
+    "magnitude, same share everywhere": {"criterion": "magnitude", "repair": False, "scope": "site"},
+}
 
 
 def main() -> None:
@@ -53,10 +61,11 @@ def main() -> None:
     sst2.add_argument("--seed", type=int, default=0)
     sst2.add_argument("--threads", type=int, default=2, help="threads while pruning; time is always measured with one")
     smollm2 = commands.add_parser("smollm2")
-    smollm2.add_argument("--text", required=True, help="text file: its first part calibrates, the rest is scored")
-    smollm2.add_argument("--eval-blocks", type=int, default=96, help="blocks that are scored")
-    smollm2.add_argument("--samples", type=int, default=96, help="blocks of text to calibrate on")
-    smollm2.add_argument("--length", type=int, default=256, help="tokens per block")
+    smollm2.add_argument("--text", required=True, help="text file: its first half calibrates, the second is scored")
+    smollm2.add_argument("--samples", type=int, default=64, help="blocks of text to calibrate on")
+    smollm2.add_argument("--length", type=int, default=256, help="tokens of such a block")
+    smollm2.add_argument("--eval-blocks", type=int, default=40, help="blocks that are scored")
+    smollm2.add_argument("--eval-length", type=int, default=512, help="tokens of such a block")
     smollm2.add_argument("--seed", type=int, default=0)
     smollm2.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -72,7 +81,7 @@ def main() -> None:
         "device": {"cpu": device_name("cpu"), "cores": os.cpu_count(), "threads": options.threads, "gpu": None},
         **result,
         "wall_s": round(time.perf_counter() - started, 1),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory_bytes(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"post_training_{options.benchmark}.json"
@@ -154,44 +163,73 @@ def run_smollm2(options: argparse.Namespace) -> dict[str, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     ids = tokenizer(Path(options.text).read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    count = len(ids) // options.length
-    blocks = torch.tensor(ids[: count * options.length]).view(count, options.length)
-    train, test = blocks[: count // 2], blocks[count // 2 :][: options.eval_blocks]
+    train = blocks(ids[: len(ids) // 2], options.length)
+    test = blocks(ids[len(ids) // 2 :], options.eval_length)[: options.eval_blocks]
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[: options.samples]
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in train[chosen].split(4)]
-    dense = perplexity(model, test)
-    found: dict[str, Any] = {"dense": dense.value}
-    seconds = {}
-    for name, criterion, repaired in (("ours", "obs", True), ("magnitude", "magnitude", False)):
-        config = PruneConfig(
-            target={"sparsity": 0.2},
-            units=["heads", "neurons"],
-            criterion={"name": criterion, "samples": options.samples},
-            repair=repaired,
-        )
+    rows = {
+        "dense": {"parameters": parameters_of_layers(model), "seconds": None, "peak_memory_bytes": peak_memory_bytes()}
+    }
+    students: dict[str, Any] = {"dense": model}
+    for name, settings in SMOLLM2_METHODS.items():
         student, begun = copy.deepcopy(model), time.perf_counter()
+        settings = settings | {"criterion": {"name": settings["criterion"], "samples": options.samples}}
+        config = PruneConfig(target={"sparsity": SHARE}, units=["heads", "neurons"], **settings)
         prune_once(student, config, batches, measure=MeasureConfig(), seed=options.seed)
-        seconds[name] = round(time.perf_counter() - begun, 1)
-        found[name] = perplexity(student, test).value
-        print(name, found[name], seconds[name], flush=True)
-        del student
+        rows[name] = {
+            "parameters": parameters_of_layers(student),
+            "seconds": round(time.perf_counter() - begun, 1),
+            "peak_memory_bytes": peak_memory_bytes(),  # of the process so far, not of the method alone
+            "units": {site.name: site.units for site in find_sites(student)},
+        }
+        students[name] = student
+    # Scored after all of them, so that the memory that scoring takes does not count as theirs.
+    for name, student in students.items():
+        found = perplexity(student, test, batch=4)
+        rows[name] |= {"perplexity": found.value, "interval": [found.low, found.high]}
+        print(name, {key: value for key, value in rows[name].items() if key != "units"}, flush=True)
+    found = {name: row["perplexity"] for name, row in rows.items()}
+    magnitude = min(value for name, value in found.items() if name.startswith("magnitude"))
+    seconds, memory = rows["ours"]["seconds"], rows["ours"]["peak_memory_bytes"]
     figures = {
         "perplexity_over_dense": {
             "value": found["ours"] / found["dense"], "unit": "ratio", "spread": None, "goal": "< 1.6",
             "met": bool(found["ours"] / found["dense"] < 1.6),
         },
         "perplexity_over_magnitude": {
-            "value": found["ours"] / found["magnitude"], "unit": "ratio", "spread": None, "goal": "<= 0.5",
-            "met": bool(found["ours"] / found["magnitude"] <= 0.5),
+            "value": found["ours"] / magnitude, "unit": "ratio to the better of the two", "spread": None, "goal": "<= 0.5",
+            "met": bool(found["ours"] / magnitude <= 0.5),
+        },
+        "seconds": {"value": seconds, "unit": "s, to rank, cut and repair", "spread": None, "goal": None, "met": None},
+        "peak_memory": {
+            "value": memory / 2**30, "unit": "GiB, of the process with the dense model beside", "spread": None,
+            "goal": None, "met": None,
         },
     }  # fmt: skip
     return {
-        "data": {"name": "WikiText-2 validation text, second half scored", "n": dense.n, "calibration_n": len(chosen)},
-        "perplexity": found,
-        "dense_interval": [dense.low, dense.high],
-        "seconds": seconds,
+        "data": {
+            "name": "WikiText-2 validation text, second half scored",
+            "n": test[:, 1:].numel(),
+            "calibration_n": len(chosen),
+        },
+        "rows": rows,
         "figures": figures,
     }
+
+
+def blocks(ids: list[int], length: int) -> torch.Tensor:
+    """Text in blocks of equal length; shape (blocks, length)."""
+    count = len(ids) // length
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def parameters_of_layers(model: torch.nn.Module) -> int:
+    return int(parameter_costs(model, scope="layers").total({}))
+
+
+def peak_memory_bytes() -> int:
+    """Of the process, since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

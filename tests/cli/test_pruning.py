@@ -149,6 +149,8 @@ def test_sensitivity(material, tmp_path, capsys):
         assert drawn.format == "PNG"
     assert main(["sensitivity", str(material / "bert"), *options, "--json", "--criterion", "magnitude"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["layers"] == [], "the only layer cannot go"
+    found = found["sites"]
     assert [entry["site"] for entry in found] == ["encoder.0.heads", "encoder.0.neurons"]
     assert found[1]["left"] == [6, 4, 2, 0] and len(found[1]["divergence"]) == len(found[1]["expected"]) == 4
 

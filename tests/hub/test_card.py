@@ -157,7 +157,11 @@ def test_a_uniform_model_needs_transformers_alone(tmp_path):
         ("bert", "AutoModelForQuestionAnswering", "question-answering"),
         ("bert", "AutoModelForTokenClassification", "token-classification"),
         ("bert", "AutoModelForMaskedLM", "fill-mask"),
-        ("bert", "AutoModel", None),
+        ("bert", "AutoModel", "feature-extraction"),
+        ("bert", "AutoModelForMultipleChoice", "multiple-choice"),
+        ("t5", "AutoModelForSeq2SeqLM", "text2text-generation"),
+        ("wav2vec2", "AutoModelForAudioClassification", "audio-classification"),
+        ("vit", "AutoModel", None),
     ],
 )
 def test_a_model_to_which_nothing_was_done(name, auto, tag, tmp_path):

@@ -333,7 +333,7 @@ def test_within_a_bound_on_a_real_clock(material, tmp_path):
 
 def test_what_is_lost():
     def metric(name: str, value: float) -> Metric:
-        return Metric(name, value, n=10, low=value, high=value)
+        return Metric(name, value, n=10, low=value, high=value, higher_is_better=name != "perplexity")
 
     assert drop(metric("accuracy", 0.9), metric("accuracy", 0.92)) == -2.0
     assert drop(metric("perplexity", 8.0), metric("perplexity", 9.0)) == 12.5
@@ -445,6 +445,8 @@ def test_sensitivity_of_a_folder(material):
     for name, file, more in (("bert", "unlabelled.csv", {}), ("llama", "book.txt", {"max_length": 8})):
         config = configure(criterion={"name": "obs", "samples": 8})
         data = DataConfig(train=str(material / file), **more)
-        found = sensitivity_of(str(material / name), config.criterion, data, measure=MEASURE, seed=0)
+        found, layers = sensitivity_of(str(material / name), config.criterion, data, measure=MEASURE, seed=0)
+        assert [entry.layer.rpartition(".")[2] for entry in layers] == ["0", "1"]
+        assert all(entry.divergence > 0 and 0 < entry.influence <= 2 for entry in layers)
         assert len(found) == 4 and all(entry.divergence[-1] > 0 for entry in found)
         assert [entry.left for entry in found] == [(1, 0), (18, 12, 6, 0)] * 2

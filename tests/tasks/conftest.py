@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -18,6 +20,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from tests.families import make_config
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "a", "very", "not"]
 
 
@@ -26,9 +30,10 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def save_tokenizer(folder: Path, *, pad: bool = True, **options) -> None:
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+def save_tokenizer(folder: Path, *, pad: bool = True, words: list[str] = WORDS, **options) -> None:
+    """A tokenizer that knows some words; pieces of words begin with ##. The first four words are those of WORDS."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -70,4 +75,18 @@ def vit(tmp_path_factory) -> str:
     torch.manual_seed(0)
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return str(folder)
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    """A file of JSON lines."""
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def save_model(folder: Path, name: str = "bert", auto: str = "AutoModel", *, words: list[str], **options) -> str:
+    """A tiny model of a family with a tokenizer that knows some words."""
+    torch.manual_seed(0)
+    getattr(transformers, auto).from_config(make_config(name)).save_pretrained(folder)
+    save_tokenizer(folder, words=["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words], **options)
     return str(folder)

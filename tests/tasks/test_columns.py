@@ -37,15 +37,15 @@ def test_text_columns_are_found(features, told, expected):
 
 
 IMAGES = [
-    ({"image": Image(), "label": CLASS}, {}, Columns("label", image="image")),
-    ({"scan": Image(), "diagnosis": STRING}, {}, Columns("diagnosis", image="scan")),
-    ({"img": Image(), "mask": Image(), "label": WHOLE}, {}, Columns("label", image="img")),
-    ({"photo": {"bytes": Value("binary"), "path": STRING}, "label": WHOLE}, {}, Columns("label", image="photo")),
-    ({"file": STRING, "label": WHOLE}, {"image": "file"}, Columns("label", image="file")),
+    ({"image": Image(), "label": CLASS}, {}, Columns("label", ("image",))),
+    ({"scan": Image(), "diagnosis": STRING}, {}, Columns("diagnosis", ("scan",))),
+    ({"img": Image(), "mask": Image(), "label": WHOLE}, {}, Columns("label", ("img",))),
+    ({"photo": {"bytes": Value("binary"), "path": STRING}, "label": WHOLE}, {}, Columns("label", ("photo",))),
+    ({"file": STRING, "label": WHOLE}, {"image": "file"}, Columns("label", ("file",))),
     (
         {"img": Image(), "fine_label": CLASS, "coarse_label": CLASS},
         {"label": "fine_label"},
-        Columns("fine_label", image="img"),
+        Columns("fine_label", ("img",)),
     ),
 ]
 

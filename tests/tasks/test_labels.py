@@ -187,7 +187,7 @@ def test_head_of_a_configuration():
     from transformers import BertConfig
 
     def read(**options):
-        return read_head(BertConfig(**options), model="m", suffix="ForSequenceClassification")
+        return read_head(BertConfig(**options), model="m", endings=["ForSequenceClassification"])
 
     fine_tuned = {"architectures": ["BertForSequenceClassification"]}
     assert read() == Head("m", None, None)

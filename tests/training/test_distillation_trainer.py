@@ -220,12 +220,11 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
 
 
 def test_teachers_whose_predictions_cannot_be_compared(tmp_path: Path) -> None:
-    teacher = build("gpt2", "causal", seed=7, vocab_size=120)
-    trainer = distil(tmp_path, family="gpt2", task="causal", teacher=teacher, hidden=0.0)
-    refused(r"the student predicts \(4, 12, 100\) and the teacher \(4, 12, 120\)", trainer.train)
+    teacher = build("gpt2", "causal", seed=7, vocab_size=701)
+    refused("distill.logits.loss: uld", lambda: distil(tmp_path, family="gpt2", task="causal", teacher=teacher))
     bare = make_model("bert", "AutoModel")
     trainer = distil(tmp_path, teacher=bare, hidden=0.0)
-    refused("the teacher BertModel gives no logits; it needs the same kind of head as the student", trainer.train)
+    refused("the teacher gives no logits .*; it needs the same kind of head as the student", trainer.train)
 
 
 def test_layers_that_are_not_there(tmp_path: Path) -> None:
@@ -421,7 +420,7 @@ def test_a_shallower_and_narrower_student(tmp_path: Path) -> None:
     student = build("bert", "sequence", seed=0, num_hidden_layers=2)
     teacher = build("bert", "sequence", seed=7, num_hidden_layers=6, hidden_size=64)
     trainer = distil(tmp_path, model=student, teacher=teacher, hidden=1.0)
-    assert trainer._layer_pairs == make_map("all", student_layers=2, teacher_layers=6) == ((0, 2), (1, 5))
+    assert trainer.comparison.hidden == make_map("all", student_layers=2, teacher_layers=6) == ((0, 2), (1, 5))
     trainer.train()
     shapes = {name: tuple(p.shape) for name, p in trainer._projections.named_parameters()}
     assert shapes == {"0_2.weight": (64, 32), "1_5.weight": (64, 32)}

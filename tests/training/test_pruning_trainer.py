@@ -604,7 +604,7 @@ def test_layers_go_while_the_others_train_and_learn_from_the_teacher(tmp_path: P
     assert len(trainer.optimizer.state_dict()["state"]) == len(held)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert not torch.equal(sizes.weights[-2], sizes.weights[-1])
-    assert trainer._layer_pairs == ((0, 2),), "the last layer that is left is compared with the teacher's last"
+    assert trainer.comparison.hidden == ((0, 2),), "the last layer that is left is compared with the teacher's last"
     trainer.save_model(str(tmp_path / "final"))
     again = hfcompress.load(tmp_path / "final")
     batch = trainer.eval_dataset.batch(*range(4))
