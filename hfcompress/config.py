@@ -920,8 +920,9 @@ def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem of a validation, as one line: key, what was wrong, what is allowed."""
     problems = error.errors(include_url=False)
     first = _location(problems[0])
-    # Of the branches of a union the one that got furthest into the value tells most.
-    problem = max((p for p in problems if _location(p)[: len(first)] == first), key=lambda p: len(_location(p)))
+    # Of the branches of a union the one that got furthest into the value tells most: it came to keys, or to our own checks.
+    branches = (p for p in problems if _location(p)[: len(first)] == first)
+    problem = max(branches, key=lambda p: (len(_location(p)), p["type"] == "value_error"))
     names = _location(problem)
     key = ".".join(names) or "recipe"
     if problem["type"] == "extra_forbidden":

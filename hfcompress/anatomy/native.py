@@ -7,6 +7,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from hfcompress.anatomy.sites import Family, Site, Stack
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ def uniform_config(
         for (part_name, field), value in said.items():
             setattr(getattr(config, part_name) if part_name else config, field, value)
         return type(config).from_dict(config.to_dict())
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
         # Strict configs validate what is set and what is read back, with errors of many kinds; the answer is then no.
         logger.debug("%s does not take these shapes: %s", type(config).__name__, error)
         return None

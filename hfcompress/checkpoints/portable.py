@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -82,7 +83,10 @@ def plain_config(model: nn.Module) -> Any | None:
         key: value for key, value in (config.hfcompress or {}).items() if key not in ("units", "hidden")
     }
     if hidden is not None:
-        stream.widen(config, hidden[0])
+        try:
+            stream.widen(config, hidden[0])
+        except StrictDataclassError:
+            return None  # such as a width that the heads do not divide
     config = uniform_config(config, family_of(model), find_sites(model))
     if config is None:
         return None

@@ -356,7 +356,8 @@ def student_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _targets(outputs: Any, seen: Captured) -> Targets:
-    named = outputs if isinstance(outputs, Mapping) else {"logits": outputs[0]}
+    first = outputs if isinstance(outputs, torch.Tensor | Mapping) else outputs[0]
+    named = first if isinstance(first, Mapping) else {"logits": first}
     return Targets(named, hidden=seen.hidden, attention=seen.attention)
 
 

@@ -32,7 +32,7 @@ from hfcompress.training.comparing import Comparison, Seen, Shape, shape_of
 from hfcompress.training.exact import ExactTrainerMixin
 from hfcompress.training.items import ItemCounts
 from hfcompress.training.on_policy import OnPolicy
-from hfcompress.training.self_test import test_gradients
+from hfcompress.training.self_test import check_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +301,7 @@ class DistillationMixin(ExactTrainerMixin):
         if self._resumed_from is not None:
             self._take_up(Path(self._resumed_from))
         elif self.distill.self_test:
-            test_gradients(self)
+            check_gradients(self)
 
     def _take_up(self, folder: Path) -> None:
         assert self.comparison is not None

@@ -27,7 +27,7 @@ _TOLERANCE_OF_HALF_PRECISION = 0.1
 _SHARE = 1e-3
 
 
-def test_gradients(trainer: DistillationMixin) -> None:
+def check_gradients(trainer: DistillationMixin) -> None:
     """Compare the gradients of the total loss for a few examples in one batch and in two, padding included.
 
     A loss that divides by what is in its own batch, such as a `compute_loss_func` that passes over `num_items_in_batch`, trains

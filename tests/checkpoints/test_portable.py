@@ -175,6 +175,17 @@ def test_heads_that_a_config_cannot_say_keep_their_record():
     assert read_units(portable_config(model))["encoder.0.heads"] == (2, 4)
 
 
+def test_a_width_that_the_heads_do_not_divide_is_saved_with_a_record(tmp_path):
+    """CLIP's config refuses such a width with an error of its own, which is no ValueError."""
+    model = make_model("clip_vision_model")
+    cut(model, Plan({}, {}, tuple(range(16))))
+    assert model.config.num_attention_heads == 3
+    model.save_pretrained(tmp_path)
+    again, inputs = hfcompress.load(tmp_path), make_inputs("clip_vision_model")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
 def test_the_config_of_an_uncut_model_is_only_copied():
     model = make_model("bert")
     add_step(model.config, "distill")

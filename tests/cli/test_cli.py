@@ -18,7 +18,19 @@ from hfcompress.hub import verify
 from tests.families import make_inputs, make_model, run_model
 from tests.hub.folders import all_fine, none_fine, save_pruned
 
-COMMANDS = ("run", "prune", "sensitivity", "measure", "inspect", "quantize", "vocabulary", "push", "verify")
+COMMANDS = (
+    "run",
+    "prune",
+    "sensitivity",
+    "student",
+    "cache-teacher",
+    "measure",
+    "inspect",
+    "quantize",
+    "vocabulary",
+    "push",
+    "verify",
+)
 NOT_IN_THE_EPILOG = ("verify", "sensitivity")
 
 _HELP = """
@@ -45,7 +57,7 @@ def test_help_teaches_and_imports_nothing_heavy():
     )
     found, heavy = json.loads(done.stdout)
     assert heavy == []
-    assert len(found) == 10 and {status for status, _ in found.values()} == {0}
+    assert len(found) == 12 and {status for status, _ in found.values()} == {0}
     for command, (_, text) in found.items():
         assert re.search(rf"examples?:\n  hfcompress {command}", text), command
     assert all(f"hfcompress {name} " in found[""][1] or name in NOT_IN_THE_EPILOG for name in COMMANDS)

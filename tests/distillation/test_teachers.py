@@ -27,8 +27,9 @@ class Recorder(nn.Module):
 
 
 class Anything(Recorder):
-    def forward(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:  # type: ignore[override]
         self.given = kwargs
+        return (torch.zeros(1, 2),)
 
 
 def test_frozen_and_without_dropout_even_when_somebody_switches_it_to_training() -> None:
@@ -36,9 +37,9 @@ def test_frozen_and_without_dropout_even_when_somebody_switches_it_to_training()
     teacher, inputs = Teacher(model), make_inputs("bert")
     assert not model.training
     assert sum(parameter.requires_grad for parameter in model.parameters()) == 0
-    first = teacher(inputs).logits
+    first = teacher(inputs).outputs["logits"]
     model.train()
-    second = teacher(inputs).logits
+    second = teacher(inputs).outputs["logits"]
     assert torch.equal(first, second) and not first.requires_grad and first.grad_fn is None
     expected = model.eval()(**inputs).logits
     assert torch.equal(first, expected)
@@ -64,14 +65,15 @@ def test_labels_and_unknown_inputs_are_withheld_and_the_batch_stays_as_it_is() -
 
 def test_a_wrapper_that_takes_anything_gets_all_but_the_labels() -> None:
     model = Anything()
-    Teacher(model)({"input_ids": torch.ones(1, 1), "labels": torch.ones(1), "extra": 5})
+    found = Teacher(model)({"input_ids": torch.ones(1, 1), "labels": torch.ones(1), "extra": 5})
+    assert found.outputs["logits"].shape == (1, 2)
     assert set(model.given) == {"input_ids", "extra"} and model.given["extra"] == 5
 
 
 def test_inputs_a_teacher_of_another_family_does_not_take() -> None:
     teacher = Teacher(make_model("distilbert", "AutoModelForSequenceClassification"))
     inputs = make_inputs("bert") | {"token_type_ids": torch.zeros(2, 9, dtype=torch.long), "labels": torch.zeros(2)}
-    assert teacher(inputs).logits.shape == (2, 2)
+    assert teacher(inputs).outputs["logits"].shape == (2, 2)
 
 
 def test_moving_leaves_placed_and_quantized_teachers_alone() -> None:

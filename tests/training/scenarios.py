@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hfcompress.training.pruning
 from hfcompress.config import Recipe
+from hfcompress.distillation import AverageTeacher
 from hfcompress.training import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer
 from tests.families import IMAGE_FAMILIES, make_model
 
@@ -27,10 +28,12 @@ FAMILIES = ("bert", "roberta", "distilbert", "vit", "gpt2", "llama")
 class Examples(Dataset):
     """Random examples of a task; texts of unequal length, padded at the end to the longest.
 
-    With `silent`, every second group of four has no label that counts.
+    With `silent`, every second group of four has no label that counts. Of a text, `prompt` tokens have no label.
     """
 
-    def __init__(self, family: str, task: str, n: int = 16, *, labelled: bool = True, silent: bool = False) -> None:
+    def __init__(
+        self, family: str, task: str, n: int = 16, *, labelled: bool = True, silent: bool = False, prompt: int = 0
+    ) -> None:
         self.rows = []
         for number in range(n):
             generator = torch.Generator().manual_seed(number)
@@ -53,6 +56,9 @@ class Examples(Dataset):
                     row["labels"] = torch.where(mask.bool(), ids, -100)
             if silent and number // 4 % 2:
                 row["labels"] = torch.full_like(row["labels"], -100)
+            if prompt:
+                row["labels"] = row["labels"].clone()
+                row["labels"][:prompt] = -100
             if not labelled:
                 row.pop("labels")
             self.rows.append(row)
@@ -165,11 +171,12 @@ def make_trainer(
 ) -> Any:
     """A trainer of any kind on a tiny model.
 
-    Options are those of `recipe`, `dropout`, `n`, `teacher_width` and everything that `arguments` takes; `given` goes to
-    the trainer as it is.
+    Options are those of `recipe`, `dropout`, `n`, `prompt`, `teacher_width`, `average` (the decay, where the student's own average
+    teaches) and everything that `arguments` takes; `given` goes to the trainer as it is.
     """
     cls = TRAINERS[trainer] if isinstance(trainer, str) else trainer
     dropout, n, width = options.pop("dropout", 0.0), options.pop("n", 16), options.pop("teacher_width", None)
+    average, prompt = options.pop("average", None), options.pop("prompt", 0)
     settings = {key: options.pop(key) for key in RECIPE_OPTIONS if key in options}
     given = dict(given or {})
     parts = PARTS[next(known for known in cls.__mro__ if known in PARTS)]
@@ -177,10 +184,11 @@ def make_trainer(
         given.setdefault("recipe", recipe(parts=parts, **settings))
     if "distill" in parts:
         wider = {"hidden_size": width} if width is not None else {}
+        teacher = AverageTeacher(decay=average) if average is not None else teacher
         given["teacher"] = teacher if teacher is not None else build(family, task, seed=7, **wider)
     if "model_init" not in given:
         given["model"] = model if model is not None else build(family, task, seed=0, dropout=dropout)
-    data = data if data is not None else Examples(family, task, n)
+    data = data if data is not None else Examples(family, task, n, prompt=prompt)
     given = {"train_dataset": data, "eval_dataset": data, "args": arguments(folder, **options), **given}
     return cls(**given)
 

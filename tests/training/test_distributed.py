@@ -57,6 +57,17 @@ COMPARED: dict[str, dict[str, Any]] = {
     "vit-end": {**VIT, **DESCENT, "cut": "end"},
     "llama": {"family": "llama", "task": "causal", **DESCENT},
     "bert-learned": {"family": "bert", "task": "sequence", **LEARNED, **DESCENT},
+    "inside": {
+        "trainer": "DistillationTrainer",
+        "distill": {
+            "hidden": {"weight": 1.0, "layers": "dynamic"},
+            "attentions": {"weight": 1.0},
+            "relations": {"weight": 1.0},
+            "embeddings": {"weight": 1.0},
+        },
+        **DESCENT,
+    },
+    "average": {"trainer": "DistillationTrainer", "average": 0.9, **DESCENT},
     "plain": {"trainer": "PlainTrainer", **DESCENT},
 }
 JOBS: dict[str, dict[str, Any]] = {
@@ -83,6 +94,15 @@ JOBS: dict[str, dict[str, Any]] = {
         "trainer": "DistillationTrainer",
         "distill": {"task": {"weight": 0.0}, "logits": {"weight": 0.0}, "hidden": {"weight": 1.0, "layers": "last"}},
         "teacher_width": 64,
+    },
+    # What is written is drawn anew on each process.
+    "on-policy": {
+        "trainer": "DistillationTrainer",
+        "family": "llama",
+        "task": "causal",
+        "prompt": 3,
+        "distill": {"on_policy": {"share": 0.5, "max_new_tokens": 4}, "hidden": {"weight": 0.0}},
+        **DESCENT,
     },
     "stale-reducer": {**WIDE, "keep_reducer": True},
     "own-means": {
@@ -186,7 +206,7 @@ def test_both_processes_end_with_the_same_model(two: Path, job: str) -> None:
 
 
 def test_the_jobs_cover_what_they_should() -> None:
-    assert len(TRAINED) == 20 and len(JOBS) == 22 + 7 * 3 * 2
+    assert len(TRAINED) == 23 and len(JOBS) == 25 + 7 * 3 * 2
 
 
 def test_without_a_new_reducer_the_processes_drift_apart(two: Path) -> None:
@@ -203,12 +223,14 @@ def test_the_plan_and_the_weights_are_those_of_one_process(two: Path, job: str, 
     options = {**COMPARED[job], "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2 * HALF}
     trainer, model = compress(tmp_path, **options)
     found = facts(two, job)
-    if job != "plain":
+    if "trainer" not in COMPARED[job]:
         assert found["units"] == model.config.hfcompress["units"]
     torch.testing.assert_close(weights(two, job), vector(model), rtol=1e-4, atol=1e-5)
     logs = [[entry for entry in log if "loss" in entry] for log in (found["log"], trainer.state.log_history)]
     assert len(logs[0]) == len(logs[1]) == 6
-    names = {"loss"} if job == "plain" else {"loss", "loss_task", "loss_logits", "loss_hidden", "sparsity"}
+    names = {"loss"} if job == "plain" else {"loss", "loss_task", "loss_logits", "loss_hidden"}
+    names |= {"sparsity"} if "trainer" not in COMPARED[job] else set()
+    names |= {"loss_attentions", "loss_relations", "loss_embeddings"} if job == "inside" else set()
     for ours, theirs in zip(*logs, strict=True):
         assert names <= ours.keys() == theirs.keys()
         assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-3)
