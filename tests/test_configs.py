@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -89,3 +90,10 @@ def test_an_accelerate_config(path):
         assert config.fsdp_config["fsdp_version"] == 2
     if kind == "DEEPSPEED":
         assert config.deepspeed_config["zero_stage"] == 2
+
+
+def test_the_recipes_in_the_readme_are_recipes():
+    text = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    sections = [set(Recipe.from_dict(yaml.safe_load(block)).model_fields_set) for block in blocks]
+    assert sections == [{"distill", "prune"}, {"distill", "student", "teacher"}]
