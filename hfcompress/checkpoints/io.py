@@ -56,7 +56,13 @@ def model_class(
         OSError: There is no such folder or repository.
     """
     hooks.install()
-    config = transformers.AutoConfig.from_pretrained(path_or_repo, revision=revision, token=token)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path_or_repo, revision=revision, token=token)
+    except OSError as error:
+        if Path(path_or_repo).is_dir():
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{path_or_repo} is no folder, and could not be had from the Hub: {reason}") from error
     read_steps(config)
     architectures = config.architectures or []
     cls = getattr(transformers, str(architectures[0]), None) if len(architectures) == 1 else None
