@@ -124,7 +124,9 @@ _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Ramp
 _Layers = Literal["all", "last", "skip", "dynamic"] | list[list[int]]
 
 
-def _check_pairs(layers: str | list[list[int]]) -> None:
+def _check_layers(layers: str | list[list[int]], *, dynamic: bool = False) -> None:
+    if layers == "dynamic" and not dynamic:
+        raise ValueError("layers: dynamic is for hidden states only; use all, last, skip or pairs")
     pairs = layers if isinstance(layers, list) else [[0, 0]]
     if not pairs or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
         raise ValueError(
@@ -202,7 +204,7 @@ class HiddenTerm(Section):
 
     @model_validator(mode="after")
     def _pairs(self) -> HiddenTerm:
-        _check_pairs(self.layers)
+        _check_layers(self.layers, dynamic=True)
         return self
 
 
@@ -223,9 +225,7 @@ class AttentionsTerm(Section):
 
     @model_validator(mode="after")
     def _pairs(self) -> AttentionsTerm:
-        _check_pairs(self.layers)
-        if self.layers == "dynamic":
-            raise ValueError("layers: dynamic is for hidden states only; use all, last, skip or pairs")
+        _check_layers(self.layers)
         return self
 
 
@@ -246,9 +246,7 @@ class RelationsTerm(Section):
 
     @model_validator(mode="after")
     def _pairs(self) -> RelationsTerm:
-        _check_pairs(self.layers)
-        if self.layers == "dynamic":
-            raise ValueError("layers: dynamic is for hidden states only; use all, last, skip or pairs")
+        _check_layers(self.layers)
         return self
 
 

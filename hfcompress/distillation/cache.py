@@ -7,7 +7,7 @@ found by its content, so neither order, batch, padding nor process matters.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,14 @@ class TeacherCache:
         at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         return np.where(self._keys[at] == keys, self._order[at], -1)
 
-    def targets(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def targets(
+        self, batch: Mapping[str, Any], *, hidden_layers: Collection[int] | None = None
+    ) -> dict[str, torch.Tensor]:
         """What the teacher said of a batch, in the batch's layout; padding is 0.
 
         Args:
             batch: Inputs on the CPU.
+            hidden_layers: Of the layers that are kept those to read; None is all.
 
         Returns:
             Of these, what the cache keeps: "teacher_logits" (or "teacher_start_logits" and "teacher_end_logits"); "teacher_top_indices"
@@ -132,7 +135,9 @@ class TeacherCache:
             raise CacheError(self._why(batch, int((rows < 0).sum()), len(rows)))
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         places = list(zip(shards.tolist(), (rows - self._starts[shards]).tolist(), strict=True))
-        found = {name: self._read(name, places) for name in manifest.arrays}
+        left_out = set() if hidden_layers is None else set(self.contents.hidden_layers) - set(hidden_layers)
+        names = manifest.arrays.keys() - {f"hidden_{layer}" for layer in left_out}
+        found = {name: self._read(name, places) for name in names}
         for name in _PACKED & found.keys():
             found[name] = unpack_indices(found, name)
             found.pop(f"{name}_high", None)
@@ -197,10 +202,12 @@ class CachingCollator:
     Attributes:
         collate: Makes a batch of examples.
         cache: Where it is looked up.
+        hidden_layers: Of the layers that are kept those to read; None is all.
     """
 
     collate: Callable[[list[Any]], Mapping[str, Any]]
     cache: TeacherCache
+    hidden_layers: frozenset[int] | None = None
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """The batch with its targets; see `TeacherCache.targets`.
@@ -209,4 +216,4 @@ class CachingCollator:
             CacheError: An example is not in the cache.
         """
         batch = self.collate(examples)
-        return {**batch, **self.cache.targets(batch)}
+        return {**batch, **self.cache.targets(batch, hidden_layers=self.hidden_layers)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from hfcompress.anatomy import StructureError, find_stream, named_layers
 from hfcompress.distillation.cache_format import ArraySpec, CacheContents, dtype_name, pack_indices
 from hfcompress.distillation.cache_keys import CacheError, Layout, example_keys, key_inputs, row_mask
 from hfcompress.distillation.capture import Wanted
-from hfcompress.distillation.teachers import Teacher
+from hfcompress.distillation.teachers import Teacher, with_decoder_inputs, without_adapters
 
 _CHUNK = 512  # rows whose distribution is held in 32 bits at once
 
@@ -57,7 +56,7 @@ class Asking:
             return frozenset()
         if len(self.teacher.models) > 1:
             raise CacheError("several teachers have no hidden states in common; leave out hidden_layers")
-        names = list(named_layers(_base(self.teacher.model)))
+        names = list(named_layers(without_adapters(self.teacher.model)))
         if (last := max(self.contents.hidden_layers)) >= len(names):
             raise CacheError(f"hidden_layers has {last}, but the teacher's layers are 0 to {len(names) - 1}")
         return frozenset(number for number, name in enumerate(names) if name.startswith("decoder"))
@@ -91,7 +90,7 @@ class Asking:
 
     def ask(self, batch: Mapping[str, Any]) -> dict[str, tuple[Layout, torch.Tensor, torch.Tensor | None]]:
         """By name: the layout, the rows of all examples one after the other, and how many each example has."""
-        given = _with_decoder_inputs(self.teacher.model, batch) if self.reads_labels else batch
+        given = with_decoder_inputs(self.teacher.model, batch) if self.reads_labels else batch
         kind, kept = self.contents.logits, {}
         with _HeadInput(self.teacher if kind == "last_hidden" else None) as head:
             said = self.teacher(given, wanted=Wanted(hidden=frozenset(self.contents.hidden_layers)))
@@ -217,32 +216,9 @@ def _logits_of(outputs: Mapping[str, Any], teacher: Teacher) -> list[tuple[str, 
     return [(name, outputs[name] if name == "logits" else outputs[name].unsqueeze(-1)) for name in names]
 
 
-def _with_decoder_inputs(model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a decoder reads in the place of labels."""
-    if batch.get("decoder_input_ids") is not None:
-        return batch
-    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is None:
-        raise CacheError(
-            f"{type(model).__name__} does not say how its decoder inputs follow from labels; let the collator add decoder_input_ids"
-        )
-    return {**batch, "decoder_input_ids": prepare(labels=batch["labels"])}
-
-
-def _base(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model; any other model as it is."""
-    return getattr(model, "get_base_model", lambda: model)()
-
-
-def name_of(model: nn.Module) -> str:
-    """The teacher's repository, or the last part of its folder."""
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-    return Path(name).name if Path(name).exists() else name
-
-
 def shape_of(models: Sequence[nn.Module]) -> tuple[tuple[int, ...], int]:
     """Layers in each stack, and features between them; nothing of several models, or of an architecture that is not known."""
-    model = _base(models[0])
+    model = without_adapters(models[0])
     try:
         stacks = Counter(name.rpartition(".")[0] for name in named_layers(model))
     except StructureError:

@@ -22,7 +22,7 @@ from safetensors.torch import save, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hfcompress.distillation.cache_asking import Asking, dtype_of, hash_of, name_of, shape_of, weights_of
+from hfcompress.distillation.cache_asking import Asking, dtype_of, hash_of, shape_of, weights_of
 from hfcompress.distillation.cache_format import (
     HEAD_FILE,
     KEYS,
@@ -36,7 +36,7 @@ from hfcompress.distillation.cache_format import (
     write_whole,
 )
 from hfcompress.distillation.cache_keys import KEY_BYTES, CacheError, Layout, fingerprint, row_mask
-from hfcompress.distillation.teachers import Teacher, own_inputs
+from hfcompress.distillation.teachers import Teacher, name_of, own_inputs
 from hfcompress.measurement import provenance
 
 logger = logging.getLogger(__name__)

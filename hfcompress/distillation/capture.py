@@ -8,7 +8,7 @@ function, after rotary embeddings and with the mask that counts; so attention ma
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,10 +160,8 @@ def _attentions(model: nn.Module, numbers: frozenset[int]) -> dict[nn.Module, in
     stacks = find_stacks(model, family_of(model)) or []
     found: list[nn.Module | None] = []
     for stack, _, layers in stacks:
-        every = (*stack.attentions, *stack.fixed)
-        paths: Sequence[str] = [attention.module for attention in every[:1]]
-        for layer in layers:
-            found.append(next((layer.get_submodule(path) for path in paths), None))
+        first = next(iter((*stack.attentions, *stack.fixed)), None)  # a decoder's second looks at the encoder
+        found += [None if first is None else layer.get_submodule(first.module) for layer in layers]
     names = list(named_layers(model))
     for number in numbers:
         if found[number] is None:

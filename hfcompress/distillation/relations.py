@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from hfcompress.distillation.losses import comparable, exactly, mean_over_items
 
@@ -196,7 +198,9 @@ def relation(vectors: torch.Tensor, heads: int, *, mask: torch.Tensor | None = N
         >>> relation(vectors, 2)[0, 1, 0].tolist()
         [0.5, 0.5]
     """
-    return _relation_scores(vectors, heads, mask).softmax(-1)
+    parts = _relation_parts(vectors, heads)
+    parts, _ = comparable(parts, parts, mask=None if mask is None else mask.unsqueeze(1))
+    return _log_relation(parts, mask).exp().mT
 
 
 def relation_divergence(
@@ -231,22 +235,56 @@ def relation_divergence(
         >>> round(loss.item(), 6) == round(((p * (2 * p).log()).sum() / 4).item(), 6)
         True
     """
-    ours = _relation_scores(student, relation_heads, mask).log_softmax(-1)
-    theirs = _relation_scores(teacher.detach(), relation_heads, mask).to(ours.dtype).log_softmax(-1)
-    values = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean(1)
+    parts = (_relation_parts(vectors, relation_heads) for vectors in (student, teacher))
+    ours, theirs = comparable(*parts, mask=None if mask is None else mask.unsqueeze(1))
+    values = _RelationDivergence.apply(ours, theirs, mask).mean(1)
     return mean_over_items(values, mask=mask, count=count)
 
 
-def _relation_scores(vectors: torch.Tensor, heads: int, mask: torch.Tensor | None) -> torch.Tensor:
-    if vectors.dim() == 4:
-        vectors = vectors.transpose(1, 2).flatten(2)
-    width = vectors.shape[-1]
+def _relation_parts(vectors: torch.Tensor, heads: int) -> torch.Tensor:
+    """Vectors split into relation heads, shape (batch, heads, length, features)."""
+    width = vectors.shape[-1] * (vectors.shape[1] if vectors.dim() == 4 else 1)
     if heads < 1 or width % heads:
         raise ValueError(
             f"a width of {width} cannot be split into {heads} relation heads; take a number that divides both models' widths"
         )
-    vectors, _ = comparable(vectors, vectors, mask=mask)
-    parts = vectors.unflatten(-1, (heads, -1)).transpose(1, 2)
+    if vectors.dim() == 3 or vectors.shape[1] != heads:
+        if vectors.dim() == 4:
+            vectors = vectors.transpose(1, 2).flatten(2)
+        vectors = vectors.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return vectors
+
+
+def _log_relation(parts: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Logarithms of `relation`, transposed: the relations of a token stand in a column.
+
+    The products of tokens are the same both ways round, and a softmax over columns is as fast for sentences of a few tokens as for long
+    ones; over rows shorter than a vector register it is not.
+    """
     with exactly(parts):
-        scores = parts @ parts.mT / (width // heads) ** 0.5
-    return scores if mask is None else scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        scores = parts @ parts.mT
+    scores *= parts.shape[-1] ** -0.5
+    if mask is not None:
+        padding = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores += padding[:, None, :, None]
+    return scores.log_softmax(-2)
+
+
+class _RelationDivergence(torch.autograd.Function):
+    """KL(teacher || student) of the relations of each token; the gradient of both softmaxes and products in one."""
+
+    @staticmethod
+    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        ours, theirs = _log_relation(student, mask), _log_relation(teacher, mask)
+        probabilities = theirs.exp()
+        divergence = (probabilities * theirs.sub_(ours)).sum(-2)
+        ctx.save_for_backward(student, ours.exp_().sub_(probabilities))
+        return divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        student, difference = ctx.saved_tensors
+        scores = difference * (gradient * student.shape[-1] ** -0.5).unsqueeze(-2)
+        with exactly(scores):
+            return (scores + scores.mT) @ student, None, None

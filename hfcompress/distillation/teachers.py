@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -330,6 +331,39 @@ class CachedTeacher(Teacher):
                 f"the cache does not hold {what}; make it with --hidden-layers, or use the teacher itself (attention is never cached)"
             )
         return Targets(outputs, hidden={number: hidden[number] for number in wanted.hidden})
+
+
+def without_adapters(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model, adapters in place; any other model as it is."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def name_of(model: nn.Module) -> str:
+    """A model's repository, or the last part of its folder: paths of this machine do not belong in a record."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+    return Path(name).name if Path(name).exists() else name
+
+
+def with_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a teacher with a decoder is given in the place of labels: the decoder inputs that `model` would make of them.
+
+    Raises:
+        ValueError: There are no labels, or the model does not say what follows from them.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return inputs
+    labels = inputs.get("labels")
+    if labels is None:
+        raise ValueError("distilling a sequence-to-sequence model needs labels: they are what its decoder reads")
+    if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
+        return inputs
+    prepare: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say how its decoder inputs follow from labels; "
+            "let the data collator add decoder_input_ids"
+        )
+    return {**inputs, "decoder_input_ids": prepare(labels=labels)}
 
 
 def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def open_teachers(recipe: Recipe, folder: Path, student: nn.Module, args: Any, t
         return AverageTeacher(decay=config.average)
     names = config.names if len(config.names) > 1 else [str(folder)]
     plan = _place(names[0], student, args, cached=config.cache, length=task.max_length)
-    teachers = [_open(name, config, plan, args) for name in names]
+    teachers = [_open(name, config, plan, args, task.label_columns) for name in names]
     teacher = teachers[0]
     if len(teachers) > 1:
         teacher = Ensemble(teachers, weights=config.weights, combine=config.combine)
@@ -86,7 +87,7 @@ def _place(name: str, student: nn.Module, args: Any, *, cached: bool, length: in
     return plan
 
 
-def _open(name: str, config: TeacherConfig, plan: Placement, args: Any) -> Teacher:
+def _open(name: str, config: TeacherConfig, plan: Placement, args: Any, label_names: Sequence[str]) -> Teacher:
     """One teacher in the precision and on the device that the recipe names, or that the plan chose."""
     precision = config.precision
     if precision == "auto":
@@ -99,7 +100,7 @@ def _open(name: str, config: TeacherConfig, plan: Placement, args: Any) -> Teach
         model = quantize(name, precision, device_map={"": device})
     else:
         model = load(name, dtype=getattr(torch, precision)).to(device)
-    return Teacher(model.eval())
+    return Teacher(model, label_names=label_names)
 
 
 def _cached(

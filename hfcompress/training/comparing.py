@@ -35,6 +35,7 @@ from hfcompress.distillation import (
     sampled_kl_divergence,
     standardize,
     top_k_kl_divergence,
+    uniform_map,
     universal_logit_distance,
 )
 from hfcompress.training.items import IGNORED, ItemCounts, batch_size, label_mask
@@ -54,6 +55,7 @@ class Seen:
         captured: What it computed on the way.
         counts: Items of the whole optimizer step.
         progress: Share of the run that is done, in [0, 1].
+        problem_type: As in the student's config, which transformers fills in when it first sees labels.
     """
 
     inputs: Mapping[str, Any]
@@ -61,6 +63,7 @@ class Seen:
     captured: Captured
     counts: ItemCounts
     progress: float
+    problem_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,6 @@ class Comparison:
         config: What is compared.
         shifted: Whether the models predict the next token.
         classes: Number of leading classes that both models share; None is all.
-        problem_type: As in the student's config.
         frames_of: For sound: number of frames and mask of samples in, mask of frames out.
     """
 
@@ -95,13 +97,11 @@ class Comparison:
         *,
         shifted: bool,
         classes: int | None = None,
-        problem_type: str | None = None,
         frames_of: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.config = config
         self.shifted = shifted
         self.classes = classes
-        self.problem_type = problem_type
         self.frames_of = frames_of
         self.hidden: LayerMap = ()
         self.attentions: LayerMap = ()
@@ -142,11 +142,9 @@ class Comparison:
                 raise ValueError(
                     "distill.hidden.layers: dynamic is for one stack of layers; use all, last, skip or pairs"
                 )
-            self.hidden = tuple((min(s, student.layers[0] - 1), t) for s, t in self._first_choice(student, teacher))
-
-    def _first_choice(self, student: Shape, teacher: Shape) -> LayerMap:
-        """Before anything is known, the student layer at the same relative depth."""
-        return tuple((round((t + 1) * student.layers[0] / teacher.layers[0]) - 1, t) for t in self._choices)
+            # Before anything is known, the student layer at the same relative depth: its map to the teacher, turned round.
+            depths = dict(uniform_map(teacher.layers[0], student.layers[0]))
+            self.hidden = tuple((depths[t], t) for t in self._choices)
 
     @property
     def dynamic(self) -> bool:
@@ -222,10 +220,9 @@ class Comparison:
                 f"the student predicts {tuple(ours.shape)} and the teacher {tuple(theirs.shape)} for the same batch; "
                 "both need the same labels or vocabulary and the same tokenizer (or distill.logits.loss: uld)"
             )
-        problem = self.problem_type
-        if problem == "regression" or ours.shape[-1] == 1:
+        if seen.problem_type == "regression" or ours.shape[-1] == 1:
             return mean_squared_error(ours, theirs, count=seen.counts.examples)
-        if problem == "multi_label_classification":
+        if seen.problem_type == "multi_label_classification":
             return self._yes_or_no(ours, theirs, seen)
         labels = seen.inputs.get("labels")
         if ours.dim() == 2:
@@ -456,7 +453,8 @@ class Comparison:
     def _note_distances(self, seen: Seen, targets: Targets) -> None:
         assert self._student is not None
         with torch.no_grad():
-            distances = torch.zeros(self._student.layers[0], max(self._choices) + 1)
+            device = seen.captured.hidden[0].device
+            distances = torch.zeros(self._student.layers[0], max(self._choices) + 1, device=device)
             for student in range(self._student.layers[0]):
                 for teacher in self._choices:
                     distances[student, teacher] = self._distance(student, teacher, seen, targets)

@@ -27,7 +27,7 @@ from hfcompress.distillation import (
     student_inputs,
 )
 from hfcompress.distillation.cache_format import MANIFEST_FILE
-from hfcompress.distillation.teachers import OWN_ANSWERS
+from hfcompress.distillation.teachers import OWN_ANSWERS, name_of, with_decoder_inputs, without_adapters
 from hfcompress.training.comparing import Comparison, Seen, Shape, shape_of
 from hfcompress.training.exact import ExactTrainerMixin
 from hfcompress.training.items import ItemCounts
@@ -109,7 +109,6 @@ class DistillationMixin(ExactTrainerMixin):
             self.distill,
             shifted=self._predicts_next_token,
             classes=self._shared_classes(student),
-            problem_type=getattr(student.config, "problem_type", None),
             frames_of=getattr(student, "_get_feature_vector_attention_mask", None),
         )
         if self.comparison.looks_inside:
@@ -184,14 +183,19 @@ class DistillationMixin(ExactTrainerMixin):
 
     def get_train_dataloader(self) -> Any:
         """Trainer's, whose workers also read what a cached teacher said."""
-        if not isinstance(self.teacher, CachedTeacher):
-            return super().get_train_dataloader()
         collate: Any = self.data_collator  # type: ignore[has-type]
-        self.data_collator = CachingCollator(collate, self.teacher.cache)
+        self.data_collator = self._with_cache(collate)
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = collate
+
+    def _with_cache(self, collate: Any) -> Any:
+        """A collator that adds what a cached teacher said, if the teacher is one: of what it keeps only what is compared."""
+        if not isinstance(self.teacher, CachedTeacher) or self.comparison is None:
+            return collate
+        layers = None if self._layers_go() else self.comparison.wanted()[1].hidden
+        return CachingCollator(collate, self.teacher.cache, layers)
 
     def _set_signature_columns_if_needed(self) -> None:
         fresh = self._signature_columns is None
@@ -223,7 +227,7 @@ class DistillationMixin(ExactTrainerMixin):
             self.comparison.pair(self._student_shape(), self._teacher_shape())
         of_student, of_teacher = self.comparison.wanted()
         with self.accelerator.autocast():
-            targets = self.teacher(_with_decoder_inputs(student, inputs), wanted=of_teacher)
+            targets = self.teacher(with_decoder_inputs(student, inputs), wanted=of_teacher)
         given = student_inputs(inputs)
         with capture(student, of_student) as captured:
             outputs = self._run_model(model, given)
@@ -233,7 +237,8 @@ class DistillationMixin(ExactTrainerMixin):
             task = self._task_loss(outputs, given, counts)
             if task is not None:
                 terms["task"] = value_at(self.distill.task.weight, progress) * task
-        terms |= self.comparison.terms(Seen(inputs, outputs, captured, counts, progress), targets)
+        problem = getattr(student.config, "problem_type", None)
+        terms |= self.comparison.terms(Seen(inputs, outputs, captured, counts, progress, problem), targets)
         if not {"task", "logits"} & terms.keys():
             # Inner terms alone do not reach the head, and DistributedDataParallel waits for the gradient of every output.
             name = next(iter(terms))
@@ -374,13 +379,7 @@ def _names_of(teacher: Teacher) -> str:
     """The teacher, or all of several."""
     if isinstance(teacher, CachedTeacher):
         return teacher.cache.manifest.teacher
-    return ", ".join(_name_of(without_adapters(model)) for model in teacher.models)
-
-
-def _name_of(teacher: nn.Module) -> str:
-    """The teacher's repository, or the last part of its folder: paths of this machine do not belong in a record."""
-    name = str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__)  # type: ignore[union-attr]
-    return Path(name).name if Path(name).exists() else name
+    return ", ".join(name_of(without_adapters(model)) for model in teacher.models)
 
 
 class _DistillationCallback(TrainerCallback):
@@ -394,29 +393,6 @@ class _DistillationCallback(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer._end_step()
-
-
-def without_adapters(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT model, adapters in place; any other model as it is."""
-    return getattr(model, "get_base_model", lambda: model)()
-
-
-def _with_decoder_inputs(student: PreTrainedModel, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a teacher with a decoder has to be given in the place of labels: the same decoder inputs as the student."""
-    if not getattr(student.config, "is_encoder_decoder", False):
-        return inputs
-    labels = inputs.get("labels")
-    if labels is None:
-        raise ValueError("distilling a sequence-to-sequence model needs labels: they are what its decoder reads")
-    if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
-        return inputs
-    prepare = getattr(student, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is None:
-        raise ValueError(
-            f"{type(student).__name__} does not say how its decoder inputs follow from labels; "
-            "let the data collator add decoder_input_ids"
-        )
-    return {**inputs, "decoder_input_ids": prepare(labels=labels)}
 
 
 def _nothing_of(outputs: Any) -> Any:

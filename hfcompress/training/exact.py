@@ -10,10 +10,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,6 +34,7 @@ from hfcompress.anatomy.depth import layer_lists
 from hfcompress.anatomy.sites import RECORD_VERSION, Stack, find_stacks
 from hfcompress.checkpoints.portable import MODELING_FILE
 from hfcompress.checkpoints.record import read_units
+from hfcompress.distillation.teachers import without_adapters
 from hfcompress.hub import RouteCheck, save_probe, write_card
 from hfcompress.hub.verify import require_loadable
 from hfcompress.training.items import ItemCounts, count_items
@@ -100,12 +102,19 @@ class ExactTrainerMixin(_TrainerBase):
         self._record_steps()
         return output
 
+    def _examples(self, purpose: str) -> tuple[Any, Callable[[list[Any]], Any]]:
+        """The training data, and what makes batches of them, as the data loader has them: without columns that go."""
+        dataset, collate = self.train_dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset, description=purpose), collate
+        return dataset, self._get_collator_with_removed_columns(collate, description=purpose)
+
     # ---- loss ----
 
     @property
     def _predicts_next_token(self) -> bool:
         model = self.accelerator.unwrap_model(self.model)
-        base = getattr(model, "get_base_model", lambda: model)()
+        base = without_adapters(model)
         return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not base.config.is_encoder_decoder
 
     def get_batch_samples(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import safetensors.torch
 import torch
 from torch import nn
@@ -106,11 +105,7 @@ class PruningMixin(ExactTrainerMixin):
         generator = torch.Generator().manual_seed(self.args.seed)
         chosen = torch.randperm(total, generator=generator)[: self.prune.criterion.samples].tolist()
         mine = chosen[self.args.process_index :: self.args.world_size] or chosen[:1]
-        dataset, collate = self.train_dataset, self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="calibration")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="calibration")
+        dataset, collate = self._examples("calibration")
         examples = sorted((dataset[index] for index in mine), key=_size)
         batch = max(1, self.args.per_device_eval_batch_size)
         groups = [examples[start : start + batch] for start in range(0, len(examples), batch)]

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 
 from hfcompress.config import ever_positive
+from hfcompress.distillation import LOGIT_LOSSES
 from hfcompress.training.items import ItemCounts, batch_size, count_items
 
 if TYPE_CHECKING:
@@ -86,20 +86,10 @@ def _examples(trainer: DistillationMixin) -> dict[str, Any] | None:
         logger.info("gradients of a batch and of its parts are not compared: %s", reason)
         return None
     with _same_random_numbers():
-        loader = _collate(trainer)
-        batch = loader([dataset[index] for index in range(min(_EXAMPLES, len(dataset)))])  # type: ignore[index, arg-type]
+        examples, collate = trainer._examples("self-test")
+        count = min(_EXAMPLES, len(examples))
+        batch = trainer._with_cache(collate)([examples[index] for index in range(count)])
     return dict(trainer._prepare_inputs(batch))  # type: ignore[arg-type]
-
-
-def _collate(trainer: DistillationMixin) -> Any:
-    """What the trainer's data loader makes batches with; it knows which columns go."""
-    dataset = trainer.train_dataset
-    plain = trainer.get_train_dataloader()
-    collate = getattr(plain, "collate_fn", None) or plain.base_dataloader.collate_fn
-    if not isinstance(dataset, datasets.Dataset):
-        return collate
-    kept = set(trainer._remove_unused_columns(dataset, description="self-test").column_names)
-    return lambda rows: collate([{name: value for name, value in row.items() if name in kept} for row in rows])
 
 
 def _within_batch(trainer: DistillationMixin) -> str:
@@ -108,8 +98,9 @@ def _within_batch(trainer: DistillationMixin) -> str:
     assert distill is not None
     if ever_positive(distill.embeddings.weight) and distill.embeddings.loss in ("similarity", "contrastive"):
         return f"embeddings.loss: {distill.embeddings.loss}"
-    if ever_positive(distill.logits.weight) and distill.logits.loss == "dist":
-        return "logits.loss: dist"
+    loss = LOGIT_LOSSES.get(distill.logits.loss)
+    if ever_positive(distill.logits.weight) and loss is not None and not loss.itemwise:
+        return f"logits.loss: {distill.logits.loss}"
     return ""
 
 

@@ -227,6 +227,17 @@ def test_language_models_on_either_side(llama, tmp_path, side, size):
     assert len(batches) == -(-N // size)
 
 
+def test_layers_that_nobody_wants_are_not_read(bert, tmp_path):
+    write(bert, tmp_path / "c", CacheContents("all", hidden_layers=(0, 2)))
+    cache, batch = TeacherCache.open(tmp_path / "c"), Pad()(texts()[:4])
+    whole = cache.targets(batch)
+    assert whole.keys() == {"teacher_logits", "teacher_hidden_0", "teacher_hidden_2"}
+    for wanted in ((), (2,), (0, 2)):
+        found = CachingCollator(Pad(), cache, frozenset(wanted))(texts()[:4])
+        assert found.keys() == {*batch, "teacher_logits", *(f"teacher_hidden_{layer}" for layer in wanted)}
+        assert all(torch.equal(found[name], values) for name, values in whole.items() if name in found)
+
+
 @pytest.mark.parametrize("size", [1, 7])
 def test_classifiers(bert, tmp_path, size):
     write(bert, tmp_path / "c", CacheContents("all", hidden_layers=(1, 2)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hfcompress.config import DistillConfig, Recipe, RecipeError
 from hfcompress.distillation import AverageTeacher, CachedTeacher, Ensemble, Teacher
@@ -21,8 +21,7 @@ from tests.hub.folders import all_fine
 from tests.tasks.conftest import save_bert
 from tests.training.scenarios import arguments, vector
 
-TASK = SimpleNamespace(max_length=12)  # all that is asked of a task where nothing is kept
-TASK = SimpleNamespace(max_length=12)  # all that is asked of a task where nothing is cached
+TASK = SimpleNamespace(max_length=12, label_columns=("labels",))  # all that is asked of a task where nothing is cached
 WORDS = ("good", "fine", "nice", "bad", "poor", "dull")
 
 
@@ -128,19 +127,12 @@ def test_a_chain_with_an_assistant_and_a_small_student(
     teacher: Path, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "_run_child", all_fine)
-    whole = AutoModelForSequenceClassification.from_pretrained(teacher)
-    layers = whole.config.num_hidden_layers
-    if layers < 2:
-        whole = make_model(
-            "bert", "AutoModelForSequenceClassification", num_hidden_layers=3, vocab_size=whole.config.vocab_size
-        )
-        whole.config.id2label = {0: "neg", 1: "pos"}
-        whole.config.label2id = {"neg": 0, "pos": 1}
-        whole.save_pretrained(tmp_path / "deep")
-        for path in teacher.iterdir():
-            if "token" in path.name or path.name == "vocab.txt":
-                (tmp_path / "deep" / path.name).write_bytes(path.read_bytes())
-        teacher, layers = tmp_path / "deep", 3
+    vocabulary = json.loads((teacher / "config.json").read_text())["vocab_size"]
+    deep = make_model("bert", "AutoModelForSequenceClassification", num_hidden_layers=3, vocab_size=vocabulary)
+    deep.config.id2label, deep.config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
+    deep.save_pretrained(tmp_path / "deep")
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "deep")
+    teacher = tmp_path / "deep"
     section = {"name": str(teacher), "assistants": [{"layers": 2, "train": {"max_steps": 2}}]}
     output = tmp_path / "run"
     recipe = recipe_of(teacher, data, output, teacher=section, student={"layers": 1, "neurons": 16})

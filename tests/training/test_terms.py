@@ -191,6 +191,28 @@ def test_a_map_that_is_found_anew(tmp_path: Path) -> None:
     assert trainer.comparison.distances is None
 
 
+def test_a_map_that_is_found_anew_for_one_layer(tmp_path: Path) -> None:
+    teacher = build("bert", "sequence", seed=7, num_hidden_layers=6)
+    student = build("bert", "sequence", seed=8, num_hidden_layers=1)
+    section = {**OFF, "hidden": {"weight": 1.0, "layers": "dynamic"}}
+    trainer = distil(tmp_path, model=student, teacher=teacher, distill=section)
+    trainer.train()
+    assert {student for student, _ in trainer.comparison.hidden} == {0}
+
+
+def test_classes_that_do_not_exclude_each_other_are_known_by_their_labels(tmp_path: Path) -> None:
+    """Nobody said what kind of problem it is: transformers sees it by the labels' dtype, in the first forward pass."""
+    trainer = distil(tmp_path, distill={**OFF, "logits": {"weight": 1.0, "temperature": 2.0}})
+    assert trainer.model.config.problem_type is None
+    batch = trainer.train_dataset.batch(0, 1, 2)
+    batch["labels"] = F.one_hot(batch["labels"], 3).float()
+    ours, theirs = (out.logits / 2.0 for out in asked(trainer, batch))
+    p, q = ours.sigmoid(), theirs.sigmoid()
+    expected = 4.0 * (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean(-1).mean()
+    assert expected > 1e-5
+    assert loss_of(trainer, batch) == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_weights_and_temperature_change_with_the_run(tmp_path: Path) -> None:
     section = {
         "task": {"weight": 0.0},
