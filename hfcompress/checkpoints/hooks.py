@@ -3,6 +3,8 @@
 * transformers: models whose config holds a record are built with the recorded shapes, so that plain
   `from_pretrained`, `pipeline` and `Trainer` load them, and `save_pretrained` writes folders that also load where
   hfcompress is not installed.
+* transformers: models whose config says that hfcompress packed their weights (`quant_method: hfcompress`) are loaded with
+  plain `from_pretrained`.
 * bitsandbytes: on CPUs with AVX512-BF16, version 0.50 repacks 4-bit weights in place in the first forward pass in eval
   mode. That corrupts what is saved afterwards, breaks adapters, and fails for widths that are no multiple of 32 (output)
   or 64 (input), which pruned layers have. The repacking is switched off.
@@ -24,6 +26,7 @@ import wrapt
 def install() -> None:
     """Register the changes; each is made when its library is imported, or now if it already is. Doing it twice is safe."""
     wrapt.register_post_import_hook(patch_transformers, "transformers.modeling_utils")
+    wrapt.register_post_import_hook(register_quantizer, "transformers.quantizers.auto")
     wrapt.register_post_import_hook(patch_bitsandbytes, "bitsandbytes.nn.modules")
     # One line per int8 product in float32, and one at import for a kernel package that is optional: neither helps.
     _silence("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast")
@@ -48,6 +51,11 @@ def patch_transformers(module: ModuleType) -> None:
         "transformers.integrations.heterogeneity.configuration_utils",
         "Reading global config value for per-layer attribute",
     )
+
+
+def register_quantizer(module: ModuleType) -> None:  # noqa: ARG001
+    """Teach transformers to load weights that hfcompress has packed."""
+    import hfcompress.checkpoints.quantizer  # noqa: F401
 
 
 def _build_as_recorded(original: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 
 import hfcompress.checkpoints.hooks as hooks
 from hfcompress.anatomy import StructureError
+from hfcompress.checkpoints.adapters import read_config
 from hfcompress.checkpoints.record import read_steps
 
 
@@ -57,7 +58,7 @@ def model_class(
     """
     hooks.install()
     try:
-        config = transformers.AutoConfig.from_pretrained(path_or_repo, revision=revision, token=token)
+        config = read_config(path_or_repo, revision=revision, token=token)
     except OSError as error:
         if Path(path_or_repo).is_dir():
             raise

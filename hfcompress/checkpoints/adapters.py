@@ -1,0 +1,72 @@
+"""Folders and repositories that hold an adapter alone: which model it belongs to, and what was done to both."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.utils import cached_file, find_adapter_config_file
+
+ADAPTER_FILE = "adapter_config.json"
+# Beside the adapter, which has no config.json for the record to live in: one would pass for a model's.
+RECORD_FILE = "hfcompress_record.json"
+
+
+def require_peft() -> None:
+    """Refuse to go on without peft, which is optional.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("adapters need peft; install it with: pip install 'hfcompress[adapters]'")
+
+
+def base_of(path_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> str | None:
+    """The folder or repository of the model that an adapter belongs to; None if there is no adapter.
+
+    Raises:
+        ValueError: The adapter does not say it.
+    """
+    file = find_adapter_config_file(str(path_or_repo), revision=revision, token=token)
+    if file is None:
+        return None
+    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{path_or_repo}: {ADAPTER_FILE} does not say base_model_name_or_path; set it to the base's folder"
+        )
+    return base
+
+
+def read_config(path_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Any:
+    """The config of a model; of an adapter that of its base, with what was done to both in its record.
+
+    Raises:
+        OSError: There is no such folder or repository.
+        ValueError: It is an adapter, and peft is not installed.
+    """
+    try:
+        return AutoConfig.from_pretrained(path_or_repo, revision=revision, token=token)
+    except (OSError, ValueError):  # which of the two depends on the release
+        base = base_of(path_or_repo, revision=revision, token=token)
+        if base is None:
+            raise
+    require_peft()
+    config = AutoConfig.from_pretrained(base, token=token)
+    record = cached_file(
+        str(path_or_repo), RECORD_FILE, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
+    )
+    if record is not None:
+        config.hfcompress = json.loads(Path(record).read_text(encoding="utf-8"))
+    return config
+
+
+def save_record(config: Any, folder: str | Path) -> None:
+    """Put the record of a model with adapters beside its adapter; a model without a record leaves no file."""
+    record = getattr(config, "hfcompress", None)
+    if record is not None:
+        (Path(folder) / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

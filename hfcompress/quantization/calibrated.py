@@ -1,0 +1,233 @@
+"""Rounding a model layer by layer on sample data: each layer sees what the rounded layers before it give."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from hfcompress.calibration import Batch, LayerWalk, gram, linear_weight, real_tokens
+from hfcompress.checkpoints.grids import Grid
+from hfcompress.quantization.fitting import Fit
+from hfcompress.quantization.formats import Format, format_of
+from hfcompress.quantization.rounding import Sweep, round_columns
+
+logger = logging.getLogger(__name__)
+
+_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The weights of one linear layer on a grid.
+
+    Attributes:
+        format: How they are written.
+        grid: The numbers they may take.
+        codes: Which of them each takes, uint8, shape (outputs, inputs).
+    """
+
+    format: Format
+    grid: Grid
+    codes: torch.Tensor
+
+    def weight(self) -> torch.Tensor:
+        """The weights, float32, shape (outputs, inputs)."""
+        return self.grid.decode(self.codes)
+
+
+@dataclass
+class _Input:
+    """What enters some linear layers (queries, keys and values read the same), summed over tokens."""
+
+    names: list[str]
+    products: torch.Tensor
+    differences: torch.Tensor | None = None
+    count: int = 0
+
+    def add(self, features: torch.Tensor, dense: torch.Tensor | None) -> None:
+        self.products += gram(features).double()
+        if dense is not None:
+            product = ((dense - features).T @ features).double()
+            self.differences = product if self.differences is None else self.differences + product
+        self.count += len(features)
+
+
+@dataclass
+class _Seen:
+    """Inputs of linear layers in one forward pass, those of the same tensor under one name."""
+
+    first: dict[int, str] = field(default_factory=dict)
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    alias: dict[str, str] = field(default_factory=dict)
+    alive: list[torch.Tensor] = field(default_factory=list)  # an id is that of one tensor only while it lives
+
+    def note(self, name: str, tensor: torch.Tensor) -> None:
+        self.alive.append(tensor)
+        first = self.alias.setdefault(name, self.first.setdefault(id(tensor), name))
+        if first == name:
+            self.inputs.setdefault(name, []).append(tensor.detach())
+
+
+def round_at_once(model: nn.Module, formats: Mapping[str, str], *, fit: Fit = "min-max") -> dict[str, Rounded]:
+    """Each weight to the nearest number of its grid, without data, in place.
+
+    Args:
+        model: The model; its weights become what the grids say.
+        formats: Name of a linear layer to how it is written: see `format_of`.
+        fit: See `fit_grid`.
+
+    Returns:
+        The layers, by name.
+    """
+    rounded = {}
+    for name, written in tqdm(formats.items(), desc="rounding", delay=2, leave=False):
+        linear, form = model.get_submodule(name), format_of(written)
+        weight = linear_weight(linear).float()
+        grid = form.fit(weight, fit=fit)
+        rounded[name] = Rounded(form, grid, grid.encode(weight))
+        _set_weight(linear, rounded[name].weight())
+    return rounded
+
+
+def round_on_data(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    formats: Mapping[str, str],
+    *,
+    fit: Fit = "mse",
+    damping: float = _DAMPING,
+    compensate: float = 1.0,
+    by_activation: bool = True,
+) -> dict[str, Rounded]:
+    """Second-order rounding on sample data, layer by layer, in place.
+
+    Layers are rounded one after the other, each on what the rounded layers before it give; within a layer the columns not yet rounded
+    make up for the error of those that are (GPTQ: Frantar et al. 2023). Before that its weights are moved to where, on the inputs
+    that it will really get, they come nearest to what the whole model's layer computes on its own inputs: min ||W' X' - W X||, the
+    least squares that GPTAQ (Li et al. 2025) and Qronos (Zhang et al. 2025) start from.
+
+    Args:
+        model: The model, in evaluation mode; its weights become what the grids say.
+        batches: Inputs of its forward; padding does not count.
+        formats: Name of a linear layer to how it is written: see `format_of`. Those outside the transformer layers, and those that no
+            batch reaches, are rounded to the nearest.
+        fit: How the grids are fitted; "mse" weighs errors by the second moments of the inputs.
+        damping: Share of the mean second moment that is added to each.
+        compensate: From 0 (each layer's own weights) to 1 (make up for all that was lost before).
+        by_activation: Round the inputs with the largest second moment first.
+
+    Returns:
+        The layers, by name.
+    """
+    walk = LayerWalk(model, batches)
+    dense: list[torch.Tensor] | None = None
+    rounded: dict[str, Rounded] = {}
+    for step, (label, layer) in enumerate(tqdm(walk.steps, desc="rounding", unit="layer", delay=2)):
+        inside = _inside(model, layer, formats)
+        walk.enter(step)
+        if not walk.follows(step):
+            dense = None if walk.whole or not compensate else [hidden.clone() for hidden in walk.hidden]
+        inputs = _look(walk, step, inside, dense)
+        for group in inputs:
+            rounded |= _round_group(inside, group, formats, fit, damping, compensate, by_activation)
+        walk.leave(step)
+        logger.debug("rounded %s: %d linear layers", label, sum(len(group.names) for group in inputs))
+    rest = {name: written for name, written in formats.items() if name not in rounded}
+    return rounded | round_at_once(model, rest)
+
+
+def _inside(model: nn.Module, layer: nn.Module, formats: Mapping[str, str]) -> dict[str, nn.Module]:
+    """The linear layers of a transformer layer, by their name in the model."""
+    here = {id(module) for module in layer.modules()}
+    found = {name: model.get_submodule(name) for name in formats}
+    return {name: module for name, module in found.items() if id(module) in here}
+
+
+def _look(
+    walk: LayerWalk, step: int, modules: Mapping[str, nn.Module], dense: list[torch.Tensor] | None
+) -> list[_Input]:
+    """Second moments of what enters modules of a step that is not rounded yet; the dense hidden states go on by it, in place."""
+    sums: dict[str, _Input] = {}
+    for number, batch in enumerate(walk.batches):
+        with _noted(modules) as seen:
+            walk.run(step, number)
+        theirs: dict[str, list[torch.Tensor]] = {}
+        if dense is not None:
+            with _noted(modules) as whole:
+                after = walk.run(step, number, dense[number])
+            assert after is not None
+            dense[number], theirs = after, whole.inputs
+        for name, calls in seen.inputs.items():
+            for call, tensor in enumerate(calls):
+                features = _tokens(tensor, walk, step, batch)
+                target = _tokens(theirs[name][call], walk, step, batch) if name in theirs else None
+                if name not in sums:
+                    width = features.shape[1]
+                    sums[name] = _Input([], torch.zeros(width, width, dtype=torch.float64, device=features.device))
+                sums[name].add(features, target)
+        for name, first in seen.alias.items():
+            if name not in sums[first].names:
+                sums[first].names.append(name)
+    return list(sums.values())
+
+
+def _tokens(tensor: torch.Tensor, walk: LayerWalk, step: int, batch: Batch) -> torch.Tensor:
+    return real_tokens(tensor, batch, decoder=walk.is_decoder(step)).float()
+
+
+@contextmanager
+def _noted(modules: Mapping[str, nn.Module]) -> Iterator[_Seen]:
+    seen = _Seen()
+
+    def hook(name: str) -> Any:
+        return lambda _module, args: seen.note(name, args[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        seen.alive.clear()
+
+
+def _round_group(
+    modules: Mapping[str, nn.Module],
+    group: _Input,
+    formats: Mapping[str, str],
+    fit: Fit,
+    damping: float,
+    compensate: float,
+    by_activation: bool,
+) -> dict[str, Rounded]:
+    """Round layers that read the same inputs."""
+    moment = group.products / max(group.count, 1)
+    shift = None
+    if group.differences is not None:
+        damped = moment.clone()
+        damped.diagonal().add_(damping * moment.diagonal().mean())
+        shift = compensate * torch.linalg.solve(damped, (group.differences / group.count).T).T
+    sweep = Sweep.of(moment, damping=damping, by_activation=by_activation)
+    rounded = {}
+    for name in group.names:
+        linear, form = modules[name], format_of(formats[name])
+        weight = linear_weight(linear).float()
+        if shift is not None:
+            weight = weight + (weight.double() @ shift).float()
+        grid = form.fit(weight, fit=fit, importance=moment.diagonal().float())
+        rounded[name] = Rounded(form, grid, round_columns(weight, grid, sweep))
+        _set_weight(linear, rounded[name].weight())
+    return rounded
+
+
+def _set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
+    with torch.no_grad():
+        linear.weight.copy_(weight.T if isinstance(linear, Conv1D) else weight)  # type: ignore[operator, union-attr]

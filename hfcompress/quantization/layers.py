@@ -1,0 +1,79 @@
+"""Putting rounded weights into a model: layers of bitsandbytes or packed ones, and the config that loads them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from hfcompress.checkpoints.quantizer import BITSANDBYTES, PackedConfig
+from hfcompress.checkpoints.record import add_step
+from hfcompress.quantization.calibrated import Rounded
+from hfcompress.quantization.presets import make_config, modules_to_skip
+
+
+def layers_to_quantize(model: nn.Module, *, skip: tuple[str, ...] = ()) -> list[str]:
+    """Linear layers that are quantized: all but those of `modules_to_skip`."""
+    left = set(modules_to_skip(model, also=skip))
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name not in left and not _stays_float(model, name)
+    ]
+
+
+def _stays_float(model: nn.Module, name: str) -> bool:
+    """What transformers keeps in float32 whatever is asked for, such as `wo` of T5."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return any(part in kept for part in name.split("."))
+
+
+def put_rounded(
+    model: PreTrainedModel, rounded: Mapping[str, Rounded], *, compute_dtype: torch.dtype | None = None
+) -> None:
+    """Replace linear layers by ones that hold their rounded weights, in place, and say so in the config and the record.
+
+    If all layers are written in one way that bitsandbytes has, the result is an ordinary model of transformers and bitsandbytes; else
+    `import hfcompress` is needed to load what is saved of it.
+
+    Args:
+        model: The model that was rounded, in evaluation mode.
+        rounded: The layers, by name.
+        compute_dtype: What 4-bit weights of bitsandbytes are multiplied in; None is the type of the model.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not rounded:
+        raise ValueError("no layer was rounded")
+    compute = compute_dtype or model.dtype
+    for name, layer in rounded.items():
+        linear = model.get_submodule(name)
+        model.set_submodule(name, layer.format.layer(linear, layer.grid, layer.codes, compute_dtype=compute))
+    names = {name: layer.format.name for name, layer in rounded.items()}
+    written = {*names.values()}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    skipped = sorted(name for name in linears if name not in rounded)
+    if len(written) == 1 and written <= BITSANDBYTES.keys():
+        config = make_config(next(iter(written)), skip=skipped, dtype=compute)
+    else:
+        config = PackedConfig(names, compute_dtype=str(compute).removeprefix("torch."))
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    if BITSANDBYTES.keys() & written:
+        model.is_loaded_in_4bit = any(name != "int8" for name in BITSANDBYTES.keys() & written)
+        model.is_loaded_in_8bit = "int8" in written
+
+
+def note_step(model: PreTrainedModel, rounded: Mapping[str, Rounded], **details: object) -> None:
+    """Write into the record what was done."""
+    names = {name: layer.format.name for name, layer in rounded.items()}
+    counts = {form: sum(name == form for name in names.values()) for form in sorted({*names.values()})}
+    add_step(model.config, "quantize", preset=", ".join(counts), layers=counts, **details)
