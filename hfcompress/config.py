@@ -537,6 +537,82 @@ class PruneConfig(Section):
             )
 
 
+class QATConfig(Section):
+    """Quantization-aware training: layers multiply with rounded weights while they are trained, and these are what is saved.
+
+    Attributes:
+        format: How weights are written in the end: "int8", "nf4", "nf4-dq", "fp4", "fp4-dq" for bitsandbytes; or a scheme such as
+            "int4-g64", "int2-g32-asym", "ternary", "binary-channel" (see `hfcompress.checkpoints.grids.Scheme`).
+        first: Formats on the way there, each for an equal share of the time between start and end.
+        start: Share of the run before which weights stay whole.
+        end: Share of the run from which on `format` holds; counts only where there is a `first`.
+        skip: Names of modules to leave whole besides heads and poolers.
+    """
+
+    format: str
+    first: list[str] = []
+    start: float = Field(default=0.0, ge=0, lt=1)
+    end: float = Field(default=0.5, gt=0, le=0.9)
+    skip: list[str] = []
+
+    @model_validator(mode="after")
+    def _in_order(self) -> QATConfig:
+        if self.first and self.end <= self.start:
+            raise ValueError(f"end ({self.end}) must come after start ({self.start})")
+        return self
+
+    def format_at(self, progress: float) -> str | None:
+        """The format at a share of the run, or None.
+
+        Example:
+            >>> config = QATConfig(format="int2", first=["int8", "int4"], start=0.1, end=0.5)
+            >>> [config.format_at(progress) for progress in (0.0, 0.1, 0.3, 0.5, 1.0)]
+            [None, 'int8', 'int4', 'int2', 'int2']
+        """
+        if progress < self.start:
+            return None
+        if not self.first or progress >= self.end:
+            return self.format
+        return self.first[int((progress - self.start) / (self.end - self.start) * len(self.first))]
+
+
+class RecoverConfig(Section):
+    """Low-rank adapters (LoRA: Hu et al. 2021) on a quantized model, trained against the model in full precision.
+
+    Attributes:
+        rank: Of the adapters; what they learn is a matrix of this rank for each layer.
+        alpha: Their product counts alpha / rank times.
+        targets: "all-linear" (every layer that was quantized), or names of layers as they end, such as [query, value].
+        init: "loftq" starts the adapters at the best approximation of what quantization took away (LoftQ: Li et al. 2023), "lora" at
+            zero.
+        iterations: Of loftq: with 1 the quantized model stays as it is; with more, its weights are quantized anew around the
+            adapters, and it is only of use together with them.
+        dropout: In front of the adapters.
+        distill: What of the model in full precision they are to reproduce; None is the recipe's `distill`, or its defaults.
+        train: Training arguments, over those of the recipe's `train`.
+    """
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    alpha: int = Field(default=16, ge=1)
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    init: Literal["loftq", "lora"] = "loftq"
+    iterations: int = Field(default=1, ge=1, le=100)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    distill: DistillConfig | None = None
+    train: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _own_settings(self) -> RecoverConfig:
+        if self.iterations > 1 and self.init != "loftq":
+            raise ValueError("iterations are those of init: loftq; leave them out")
+        if not self.targets:
+            raise ValueError("targets names no layer; give all-linear or names")
+        for key in ("output_dir", "seed", "push_to_hub"):
+            if key in self.train:
+                raise ValueError(f"train.{key} is the recipe's own to set; leave it out")
+        return self
+
+
 class QuantizeConfig(Section):
     """bitsandbytes variants to make of the result.
 
@@ -544,11 +620,34 @@ class QuantizeConfig(Section):
         presets: Which ones; see `hfcompress.quantization.PRESETS`.
         skip: Names of modules to leave unquantized besides heads and poolers.
         dtype: Storage of everything that is not quantized; "auto" keeps what the model has.
+        compute_dtype: What 4-bit weights are multiplied in; "auto" is `dtype`.
+        storage: The type in which 4-bit codes are held. FSDP needs that of everything else.
+        threshold: Of int8: inputs of this size and more are multiplied in float (LLM.int8); 0 multiplies all in int8.
+        recover: Adapters that win back what each variant lost, or None.
     """
 
     presets: list[Preset] = Field(default=["int8", "nf4-dq"], min_length=1)
     skip: list[str] = []
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    storage: Literal["uint8", "float32", "bfloat16", "float16"] = "uint8"
+    threshold: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+    recover: RecoverConfig | None = None
+
+    def settings_of(self, preset: str) -> dict[str, Any]:
+        """Those that concern a preset, as `hfcompress.quantize` takes them.
+
+        Example:
+            >>> QuantizeConfig(threshold=0.0).settings_of("int8")
+            {'skip': [], 'dtype': 'auto', 'threshold': 0.0}
+        """
+        own: dict[str, Any] = {"skip": self.skip, "dtype": self.dtype}
+        if preset == "int8":
+            return own if self.threshold == 6.0 else own | {"threshold": self.threshold}
+        return own | {
+            "compute_dtype": self.compute_dtype,
+            "storage": None if self.storage == "uint8" else self.storage,
+        }
 
 
 class DataConfig(Section):
@@ -748,6 +847,7 @@ class Recipe(Section):
         data: Examples.
         distill: Distillation, or None.
         prune: Pruning, or None.
+        qat: Training with rounded weights, or None.
         quantize: Variants to make of the result, or None.
         train: Any of transformers' TrainingArguments.
         measure: How latency is measured.
@@ -761,7 +861,7 @@ class Recipe(Section):
         >>> Recipe.from_dict({"prunee": {}})
         Traceback (most recent call last):
         ...
-        hfcompress.config.RecipeError: recipe: prunee is not a key here; did you mean prune? Allowed: data, distill, measure, model, output, prune, push, quantize, seed, student, task, teacher, train
+        hfcompress.config.RecipeError: recipe: prunee is not a key here; did you mean prune? Allowed: data, distill, measure, model, output, prune, push, qat, quantize, seed, student, task, teacher, train
     """
 
     task: Task | None = None
@@ -771,6 +871,7 @@ class Recipe(Section):
     data: DataConfig | None = None
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None
+    qat: QATConfig | None = None
     quantize: QuantizeConfig | None = None
     train: dict[str, Any] = {}
     measure: MeasureConfig = MeasureConfig()
@@ -780,6 +881,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
+        if self.qat is not None and self.quantize is not None:
+            raise ValueError("qat leaves a model that is quantized; leave quantize out, or quantize without qat")
         reserved = {"output_dir": "output", "seed": "seed"} | ({"push_to_hub": "push"} if self.push else {})
         for section, arguments in (
             ("train", self.train),

@@ -15,11 +15,13 @@ import hfcompress
 PACKAGE = Path(hfcompress.__file__).parent
 SCRIPTS = PACKAGE.parent / "scripts"
 
-_BELOW = {"config", "anatomy", "measurement"}
+_BELOW = {"config", "anatomy", "measurement", "knapsack"}
 _MIDDLE = _BELOW | {"calibration", "tasks", "distillation", "pruning", "quantization", "vocabulary", "checkpoints"}
 # Component to the components it may import from. A new one has to find its place here.
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
+    # Which of several options each part gets under a budget: for pruning and quantization alike.
+    "knapsack": set(),
     "anatomy": {"config"},
     "measurement": {"config", "anatomy"},
     "tasks": {"config", "measurement"},
@@ -29,14 +31,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pruning": _BELOW | {"calibration"},
     "checkpoints": _BELOW,
     # It writes its step into the record of what it loads; nothing in checkpoints knows of it.
-    "quantization": _BELOW | {"checkpoints"},
+    "quantization": _BELOW | {"calibration", "checkpoints"},
     # Embeddings and tokenizer; it records its step as quantization does.
     "vocabulary": _BELOW | {"checkpoints"},
+    # Saved models for other runtimes.
+    "export": _BELOW | {"calibration", "checkpoints"},
     "hub": _MIDDLE,
     "training": _MIDDLE | {"hub"},  # trainers push; the hub knows nothing of trainers
-    "runs": _MIDDLE | {"training", "hub"},
-    "cli": _MIDDLE | {"training", "hub", "runs"},
-    "scripts": _MIDDLE | {"training", "hub", "runs", "cli"},
+    "runs": _MIDDLE | {"training", "hub", "export"},
+    "cli": _MIDDLE | {"training", "hub", "export", "runs"},
+    "scripts": _MIDDLE | {"training", "hub", "export", "runs", "cli"},
     "hfcompress": {"checkpoints"},
 }
 

@@ -165,13 +165,9 @@ class LayerWalk:
                 self.model(**to_device(self.batches[0], self.model))
         return facts
 
-    def follows(self, step: int) -> bool:
-        """Whether a step reads what the step before wrote, and nothing else."""
-        return not self.whole and step > 0 and self._facts[step].chained
-
     def enter(self, step: int) -> None:
         """Make sure that the inputs of a step are there for all batches."""
-        if self.whole or (self.follows(step) and step in self._calls):
+        if self.whole or (step > 0 and self._facts[step].chained and step in self._calls):
             return
         end = step + 1
         while end < len(self.steps) and self._facts[end].chained:
@@ -203,19 +199,13 @@ class LayerWalk:
 
         return hook
 
-    def run(self, step: int, batch: int, hidden: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Run a step on one batch; what it returns are the hidden states after it (None where the model is one step).
-
-        Args:
-            step: The step that was entered.
-            batch: Number of the batch.
-            hidden: What enters the step in the place of `hidden[batch]`.
-        """
+    def run(self, step: int, batch: int) -> torch.Tensor | None:
+        """Run a step on one batch; what it returns are the hidden states after it (None where the model is one step)."""
         with torch.no_grad():
             if self.whole:
                 self.model(**to_device(self.batches[batch], self.model))
                 return None
-            call, hidden = self._calls[step][batch], self.hidden[batch] if hidden is None else hidden
+            call, hidden = self._calls[step][batch], self.hidden[batch]
             layer = self.steps[step][1]
             if call.by_name is None:
                 output = layer(hidden, *call.args, **call.kwargs)

@@ -56,7 +56,7 @@ class Scheme:
         """A scheme by its name.
 
         Args:
-            name: int1 to int8, fixed2 to fixed8, codebook1 to codebook8, nf4, fp4, ternary or binary; then maybe -tensor, -channel or -g
+            name: int2 to int8, fixed2 to fixed8, codebook1 to codebook8, nf4, fp4, ternary or binary; then maybe -tensor, -channel or -g
                 and a number of weights; then, for int, maybe -asym. Without a group int8 is per channel, fixed and codebook per
                 tensor, all others in groups of 64.
 
@@ -140,7 +140,7 @@ class Grid:
 
     Attributes:
         levels: Ascending, shape (levels,), float32.
-        scale: Per block, shape (blocks,), float32.
+        scale: Per block, shape (blocks,), float32; negative ones turn the levels round, none is 0.
         offset: Per block, added after scaling; None is 0.
         block_size: Weights per block; the last block may be shorter.
         shape: Of the matrix.
@@ -177,6 +177,30 @@ class Grid:
         values = self.levels[codes.int()] * self.spread(self.scale)
         return values if self.offset is None else values + self.spread(self.offset)
 
+    def snap(self, weight: torch.Tensor) -> torch.Tensor:
+        """Each weight's nearest number on the grid: to the bit what `decode` makes of `encode`, in less time.
+
+        Example:
+            >>> grid = Grid(torch.arange(4.0), torch.tensor([0.5]), torch.tensor([-1.0]), 2, (1, 2), uniform=True)
+            >>> grid.snap(torch.tensor([[-0.7, 3.0]])).tolist()
+            [[-0.5, 0.5]]
+        """
+        if not self.uniform:
+            return self.decode(self.encode(weight))
+        outputs, inputs = self.shape
+        if inputs % self.block_size == 0:  # blocks side by side: nothing has to be spread
+            blocks, size = weight.reshape(-1, self.block_size), (-1, 1)
+        else:
+            blocks, size = weight, (outputs, inputs)
+        scale, offset = (
+            values if values is None or size == (-1, 1) else self.spread(values) for values in (self.scale, self.offset)
+        )
+        scale = scale.view(size)
+        shifted = blocks / scale if offset is None else (blocks - offset.view(size)).div_(scale)
+        first = self.levels[0]
+        values = shifted.sub_(first).round_().clamp_(0, len(self.levels) - 1).add_(first).mul_(scale)
+        return (values if offset is None else values.add_(offset.view(size))).view(self.shape)
+
 
 def nearest(
     weight: torch.Tensor,
@@ -188,11 +212,9 @@ def nearest(
 ) -> torch.Tensor:
     """Number of the nearest level for each weight; all but `levels` of one shape, or such that they can be broadcast. uint8.
 
-    With `uniform` the levels are taken to be 1 apart, and rounding finds them, many times faster.
+    No scale may be 0, but it may be negative. With `uniform` the levels are taken to be 1 apart, and rounding finds them, many times faster.
     """
-    shifted = weight if offset is None else weight - offset
-    # A block of nothing but zeros has no scale: 0 / 1 is 0 as well.
-    scaled = shifted / torch.where(scale == 0, torch.ones_like(scale), scale)
+    scaled = (weight if offset is None else weight - offset) / scale
     if uniform:
         return scaled.sub_(levels[0]).round_().clamp_(0, len(levels) - 1).to(torch.uint8)
-    return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return torch.bucketize(scaled.contiguous(), (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)

@@ -99,12 +99,14 @@ class PackedLinear(nn.Module):
         scale: Shape (blocks,).
         offset: Shape (blocks,), or None.
         levels: Of a codebook, float, shape (levels,); None for other schemes, whose levels follow from their name.
+        source_cls: What it was made from, nn.Linear or Conv1D: named as in the layers of bitsandbytes.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor | None
     levels: torch.Tensor | None
+    source_cls: type[nn.Module] = nn.Linear
 
     def __init__(
         self,
@@ -164,6 +166,7 @@ class PackedLinear(nn.Module):
         if bias is not None:
             assert packed.bias is not None
             packed.bias.data.copy_(bias.detach())
+        packed.source_cls = type(linear)
         return packed.train(linear.training)
 
     def grid(self) -> Grid:
@@ -215,8 +218,8 @@ def put_packed(model: nn.Module, schemes: Mapping[str, str], *, dtype: torch.dty
             scale_dtype=scale_dtype,
             device=linear.weight.device,
         )
-        packed.train(linear.training)
-        model.set_submodule(name, packed)
+        packed.source_cls = type(linear)
+        model.set_submodule(name, packed.train(linear.training))
 
 
 def unpacked(model: nn.Module) -> dict[str, Any]:
@@ -247,6 +250,16 @@ def unpacked(model: nn.Module) -> dict[str, Any]:
             linear.weight.data.copy_(module.weight)
             if module.bias is not None:
                 linear.bias.data.copy_(module.bias)
-            model.set_submodule(name, linear.train(module.training))
+            model.set_submodule(name, as_source(linear, module.source_cls).train(module.training))
             schemes[name] = module.scheme.name
     return schemes
+
+
+def as_source(linear: nn.Linear, source_cls: type[nn.Module]) -> nn.Module:
+    """A linear layer in the form its model is made of: with the same weights turned round where that is a Conv1D."""
+    if not issubclass(source_cls, Conv1D):
+        return linear
+    turned = Conv1D(linear.out_features, linear.in_features).to(linear.weight)
+    turned.weight.data.copy_(linear.weight.T)
+    turned.bias.data.copy_(linear.bias)
+    return turned

@@ -21,7 +21,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress.checkpoints.grids import Scheme
-from hfcompress.checkpoints.packed import PackedLinear, put_packed, unpacked
+from hfcompress.checkpoints.packed import PackedLinear, as_source, put_packed, unpacked
 
 METHOD = "hfcompress"
 VERSION = 1
@@ -64,7 +64,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.version = version
         self.modules = dict(modules or {})
-        for scheme in {*self.modules.values()} - BITSANDBYTES.keys():
+        for scheme in {*map(str, self.modules.values())} - BITSANDBYTES.keys():
             Scheme.parse(scheme)
         for name in (scale_dtype, compute_dtype):
             if name not in ("float16", "bfloat16", "float32"):
@@ -121,6 +121,11 @@ class PackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
         config: PackedConfig = self.quantization_config
         modules = _named(model, config.modules)
+        # See `get_state_dict_and_metadata`.
+        model._keys_to_ignore_on_load_unexpected = {
+            *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+            *(rf"(^|\.){re.escape(name)}\.weight$" for name in modules if modules[name] not in BITSANDBYTES),
+        }
         packed = {name: scheme for name, scheme in modules.items() if scheme not in BITSANDBYTES}
         dtype = getattr(model, "dtype", torch.float32)
         put_packed(model, packed, dtype=dtype, scale_dtype=getattr(torch, config.scale_dtype))
@@ -135,15 +140,39 @@ class PackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # type: ignore[assignment]
+        # What is saved has the names and forms that the layers have now; transformers cannot turn this step round.
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not any(isinstance(operation, _Deserialize) for operation in getattr(conversion, "operations", ()))
+        ]
+        written = BITSANDBYTES.keys() & {*self.quantization_config.modules.values()}
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = bool(written - {"int8"}), "int8" in written  # type: ignore[assignment]
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+        """What is written to disk: each packed layer also has a `weight`, of one byte.
+
+        Without hfcompress transformers knows no codes and would fill in weights at random with no more than a warning; so it stops
+        with an error at the shape of this one.
+        """
+        state = model.state_dict()
+        packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+        return state | {f"{name}.weight": torch.zeros(1, dtype=torch.uint8) for name in packed}, {}
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
         from transformers.integrations import dequantize_and_replace
 
-        unpacked(model)
-        if BITSANDBYTES.keys() & {*self.quantization_config.modules.values()}:
-            model = dequantize_and_replace(model, quantization_config=self.quantization_config, dtype=dtype)
+        for name in unpacked(model):
+            model.get_submodule(name).to(dtype=dtype)
+        for preset, kind in (("int8", "Linear8bitLt"), ("nf4", "Linear4bit")):
+            sources = {n: m.source_cls for n, m in model.named_modules() if type(m).__name__ == kind}
+            if sources:
+                settings = self.quantization_config.bitsandbytes(preset)
+                model = dequantize_and_replace(model, quantization_config=settings, dtype=dtype)
+            for name, source in sources.items():
+                model.set_submodule(name, as_source(model.get_submodule(name), source))  # type: ignore[arg-type]
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # type: ignore[assignment]
         return model
 
     def get_load_operations(self) -> dict[str, Any]:
@@ -152,15 +181,26 @@ class PackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
 
 def _named(model: Any, modules: Mapping[str, str]) -> dict[str, str]:
-    """The same layers as this model calls them: a model without a head may be loaded from one with a head, and the reverse."""
+    """The same layers as this model calls them: a model without a head may be loaded from one with a head, and the reverse.
+
+    Raises:
+        ValueError: The model is what was saved and has no such layer, or it is another and has none of them.
+    """
     prefix = f"{model.base_model_prefix}."
     there = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    found = {}
+    found, missing = {}, []
     for name, scheme in modules.items():
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in there:
-                found[candidate] = scheme
-                break
+        here = next((other for other in (name, name.removeprefix(prefix), prefix + name) if other in there), None)
+        if here is None:
+            missing.append(name)
+        else:
+            found[here] = scheme
+    same = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    if missing and (same or not found):
+        raise ValueError(
+            f"config.json says that {missing[0]} is quantized, but {type(model).__name__} has no linear layer of that name; load the "
+            "folder as it was saved"
+        )
     return found
 
 

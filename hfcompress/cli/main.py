@@ -22,6 +22,7 @@ examples:
   hfcompress inspect ./runs/bert-sst2/student        what is left in each layer
   hfcompress measure ./runs/bert-sst2/student        size and latency
   hfcompress quantize ./runs/bert-sst2/student --preset nf4
+  hfcompress export ./runs/bert-sst2/student --format openvino-int8 --data train.csv --measure
   hfcompress vocabulary ./runs/bert-sst2/student --data train.csv --output ./smaller
   hfcompress cache-teacher ./bert-sst2 --data train.csv --output ./cache
   hfcompress push ./runs/bert-sst2/student me/bert-sst2-small --private
@@ -227,6 +228,63 @@ examples:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="of everything that is not quantized (default: as saved)",
     )
+    floats = ["float32", "bfloat16", "float16"]
+    quantize.add_argument(
+        "--compute-dtype",
+        default="auto",
+        choices=["auto", *floats],
+        help="what 4-bit weights are multiplied in (default: --dtype)",
+    )
+    quantize.add_argument(
+        "--storage", default=None, choices=floats, help="hold 4-bit weights so that FSDP can shard them; as --dtype"
+    )
+    quantize.add_argument(
+        "--threshold",
+        type=float,
+        default=None,
+        help="of int8: inputs of this size are multiplied in float (default: 6)",
+    )
+
+    export = _add(
+        commands,
+        "export",
+        _export,
+        "Export an encoder of texts or images to ONNX or OpenVINO, in float or int8, to run fast on a CPU without torch.",
+        """\
+The folder holds the graph, the tokenizer or image processor and a short example; it is written once its outputs, in its own runtime, were found to
+be those of torch. Pruned models, unevenly cut ones too, are exported like any other, and both speedups multiply.
+
+  onnx, openvino          float32
+  onnx-int8               weights in int8; activations are measured as they come
+  onnx-int8-static        weights and activations in int8; needs --data to calibrate
+  openvino-int8-weights   weights in int8, arithmetic in float: saves memory
+  openvino-int8           weights and activations in int8; needs --data to calibrate; the fastest as a rule
+
+examples:
+  hfcompress export ./student --format openvino-int8 --data train.csv --measure
+  hfcompress export ./student --format all --data train.csv --eval dev.csv --output ./exports --measure --batch 8 --length 128
+  hfcompress export user/vit --format onnx-int8
+""",
+    )
+    export.add_argument("model", help="folder or Hub repository")
+    export.add_argument(
+        "--format", nargs="+", required=True, metavar="FORMAT", help="one or several of the above, or all"
+    )
+    export.add_argument(
+        "--output", default=None, metavar="DIR", help="folder to write; of several formats the folder above"
+    )
+    export.add_argument("--data", default=None, metavar="FILE", help="examples to calibrate on; labels are not needed")
+    export.add_argument("--eval", default=None, metavar="FILE", help="labelled examples to score all forms on")
+    _column_arguments(export)
+    export.add_argument("--samples", type=_positive, default=300, help="examples to calibrate on (default 300)")
+    export.add_argument("--max-eval", type=_positive, default=None, help="score on at most so many examples")
+    export.add_argument("--measure", action="store_true", help="time all forms beside torch in 32 bits, in turns")
+    export.add_argument("--batch", type=_positive, default=8, help="examples in a batch when timed (default 8)")
+    export.add_argument("--length", type=_positive, default=64, help="tokens per example, also when timed (default 64)")
+    export.add_argument("--threads", type=_positive, default=1, help="CPU threads when timed (default 1)")
+    export.add_argument("--rounds", type=_positive, default=21, help="timed rounds (default 21)")
+    export.add_argument("--seed", type=int, default=42, help="of the choice of examples (default 42)")
+    export.set_defaults(device="cpu")
 
     vocabulary = _add(
         commands,
@@ -729,7 +787,8 @@ def _quantize(options: argparse.Namespace) -> int:
         target = Path(f"{options.model.rstrip('/')}-{options.preset}")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; give another --output")
-    model = quantize(options.model, options.preset, skip=options.skip, dtype=options.dtype)
+    settings = {name: getattr(options, name) for name in ("skip", "dtype", "compute_dtype", "storage", "threshold")}
+    model = quantize(options.model, options.preset, **settings)
     model.save_pretrained(target)  # type: ignore[operator]
     save_probe(model, target)
     copy_processor(options.model, target)
@@ -737,6 +796,69 @@ def _quantize(options: argparse.Namespace) -> int:
     load(target)
     before = f" (before: {disk_bytes(options.model) / 1e6:.1f} MB)" if Path(options.model).is_dir() else ""
     print(f"{target}: {disk_bytes(target) / 1e6:.1f} MB{before}; loads again")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from hfcompress.checkpoints.io import load
+    from hfcompress.config import Recipe
+    from hfcompress.export import FORMATS, ExportedModel, export_formats
+    from hfcompress.export.families import check_exportable
+    from hfcompress.export.formats import find_format, require_packages
+    from hfcompress.export.table import BASELINE, format_exports, rows_of
+    from hfcompress.measurement import compare_latency, example_inputs, memory_bytes
+    from hfcompress.runs.examples import read_examples
+    from hfcompress.tasks.errors import DataError
+
+    # What needs neither model nor data to be seen comes first.
+    names = list(FORMATS) if "all" in options.format else list(dict.fromkeys(options.format))
+    forms = [find_format(name) for name in names]
+    for form in forms:
+        require_packages(form.packages)
+        if form.calibrated and options.data is None:
+            raise ValueError(f"{form.name} fixes the ranges of activations by examples; give --data")
+    if options.eval and options.data is None:
+        raise ValueError("--eval needs --data as well, of the same columns")
+    base = options.model.rstrip("/") if Path(options.model).is_dir() else Path(options.model).name
+    if len(names) == 1:
+        folders = {names[0]: Path(options.output or f"{base}-{names[0]}")}
+    else:
+        folders = {name: Path(options.output or f"{base}-export") / name for name in names}
+    for folder in folders.values():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is not empty; give another --output")
+    model: Any = load(options.model).float().eval()  # type: ignore[call-overload]
+    check_exportable(model)
+    examples = None
+    if options.data is not None:
+        recipe = Recipe.from_dict(_data(options), source="hfcompress export")
+        assert recipe.data is not None
+        try:
+            examples = read_examples(
+                model, options.model, recipe.data, samples=options.samples, seed=options.seed, batch=8
+            )
+        except DataError as error:
+            raise ValueError(_as_options(str(error))) from None
+    done = export_formats(
+        options.model,
+        folders,
+        batches=examples.batches if examples else None,
+        model=model,
+        say=lambda text: print(f"== {text}", file=sys.stderr),
+    )
+    metrics, latency = {}, {}
+    runnable = {name: ExportedModel(one.folder, threads=options.threads) for name, one in done.items()}
+    every = {BASELINE: model, **runnable}
+    if options.eval and examples is not None and examples.rate is not None:
+        print("== Scoring", file=sys.stderr)
+        metrics = {name: examples.rate(one)[0] for name, one in every.items()}
+    if options.measure:
+        print("== Timing", file=sys.stderr)
+        inputs = example_inputs(model, batch=options.batch, length=options.length)
+        latency = compare_latency(every, inputs, rounds=options.rounds, threads=options.threads)
+    print(format_exports(rows_of(memory_bytes(model), done, metrics=metrics, latency=latency)))
+    for name, one in done.items():
+        print(f"{one.folder}: {name}, needs {one.format.runtime} and no torch (see README.md there)")
     return 0
 
 

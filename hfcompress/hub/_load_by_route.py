@@ -1,18 +1,20 @@
 """Started as a script in a fresh process by `verify.py`: loads a folder by some routes and compares outputs.
 
-Only the routes "load" and "auto" may import hfcompress; the others prove that it is not needed.
+Only the routes "load", "auto" and "peft" may import hfcompress; the others prove that it is not needed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 
 def main() -> None:
     """Arguments: folder, JSON list of routes, path of the JSON to write."""
     folder, routes, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-    if "load" in routes or "auto" in routes:
+    ours = {"load", "auto", "peft"} & set(routes)
+    if ours:
         import hfcompress
     import torch
     import transformers
@@ -22,7 +24,11 @@ def main() -> None:
         probe = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         wanted = (file.metadata() or {}).get("device", "cpu")
     inputs = {name[len("input.") :]: value for name, value in probe.items() if name.startswith("input.")}
-    config = transformers.AutoConfig.from_pretrained(folder)
+    base, adapter = folder, f"{folder}/adapter_config.json"
+    if os.path.isfile(adapter) and not os.path.isfile(f"{folder}/config.json"):
+        with open(adapter, encoding="utf-8") as text:
+            base = json.load(text)["base_model_name_or_path"]
+    config = transformers.AutoConfig.from_pretrained(base)
     name = config.architectures[0]
 
     def auto_class():  # type: ignore[no-untyped-def]
@@ -37,6 +43,10 @@ def main() -> None:
     def loaded(route: str):  # type: ignore[no-untyped-def]
         if route == "load":
             return hfcompress.load(folder)
+        if route == "peft":
+            import peft
+
+            return peft.PeftModel.from_pretrained(auto_class().from_pretrained(base), folder)
         return auto_class().from_pretrained(folder, **({"trust_remote_code": True} if route == "remote" else {}))
 
     results: dict[str, dict[str, float | str]] = {}
@@ -54,7 +64,7 @@ def main() -> None:
             results[route] = {"difference": float((values.float().cpu() - probe["output"]).abs().max())}
         except Exception as error:  # noqa: BLE001 (whatever happened is the result)
             results[route] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    if "load" not in routes and "auto" not in routes and "hfcompress" in sys.modules:
+    if not ours and "hfcompress" in sys.modules:
         results = {route: {"error": "hfcompress was imported, so nothing is proven"} for route in routes}
     with open(out, "w", encoding="utf-8") as file:
         json.dump(results, file)

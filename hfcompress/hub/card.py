@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoConfig
 from transformers.models.auto import modeling_auto as auto_names
 
 import hfcompress
+from hfcompress.checkpoints.adapters import ADAPTER_FILE, read_config
 from hfcompress.checkpoints.portable import MODELING_FILE
 from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units
 from hfcompress.hub.picture import draw_layers, save_layers_picture
@@ -77,7 +77,7 @@ def write_card(
         ValueError: `results.json` is not what a run writes.
     """
     folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     results = read_results(folder)
     steps = [step for step in read_steps(config) if isinstance(step.get("step"), str)]
     units = read_units(config) or _units_of_steps(steps)
@@ -322,6 +322,11 @@ def _sentence(step: dict[str, Any]) -> str:
             f"Quantized {step['layers']} linear layers with bitsandbytes ({step['preset']}); "
             f"left as they are: {', '.join(step['skipped']) or 'none'}; everything else in {step['dtype']}."
         )
+    if kind == "adapt":
+        start = "what quantization took away" if step["init"] == "loftq" else "zero"
+        return f"Put adapters of rank {step['rank']} on {step['layers']} layers, starting from {start}."
+    if kind == "merge":
+        return f"Merged the adapters of {step['layers']} layers into weights in float."
     raise ValueError(f"{kind} is no step of ours")
 
 
@@ -346,6 +351,9 @@ def _pruning_sentence(step: dict[str, Any]) -> str:
 def _ways(folder: Path, config: Any, name: str) -> list[dict[str, str]]:
     auto = _AUTO.get(_pipeline(config) or "", "AutoModel")
     plain = f"from transformers import {auto}\n"
+    if (folder / ADAPTER_FILE).is_file():
+        text = "With transformers and peft, which find the model that the adapter belongs to, once hfcompress is imported:"
+        return [{"text": text, "code": f'import hfcompress\n{plain}model = {auto}.from_pretrained("{name}")'}]
     if not (folder / MODELING_FILE).is_file():
         if is_4bit(config):
             text = "With transformers, once hfcompress is imported (on CPUs bitsandbytes reads some widths wrong without it):"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
+from hfcompress.checkpoints.adapters import ADAPTER_FILE, base_of
 from hfcompress.hub.card import write_card
 from hfcompress.hub.verify import require_loadable
 
@@ -32,8 +36,11 @@ def push_folder(
 ) -> CommitInfo:
     """Verify a folder in fresh processes, write its card, and push it in one commit.
 
+    An adapter whose model is a folder of this machine takes it along: into the repository of the same name without "-adapter", or
+    with "-base" if it has no such ending.
+
     Args:
-        folder: A folder that `save_pretrained` wrote.
+        folder: A folder that `save_pretrained` wrote, of a model or of an adapter.
         repo: "user/name", or "name" for your own.
         private: Make the repository private if it is created now.
         revision: Branch to commit to; created if it is not there.
@@ -51,17 +58,29 @@ def push_folder(
     """
     folder = Path(folder)
     checks = require_loadable(folder)
-    write_card(folder, repo_id=repo, checks=checks)  # what cannot be carded must not leave an empty repository behind
+    base, about = base_of(folder), {}
+    if base is not None and Path(base).is_dir():
+        below = repo.removesuffix("-adapter") if repo.endswith("-adapter") else f"{repo}-base"
+        base = push_folder(base, below, private=private, revision=revision, token=token, message=message).repo_url.repo_id
+    if base is not None:
+        about = {"base_model": base, "base_model_relation": "adapter", "library_name": "peft"}
+    # What cannot be carded must not leave an empty repository behind.
+    write_card(folder, repo_id=repo, checks=checks, **about)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo, private=private, exist_ok=True).repo_id
         if repo_id != repo:
-            write_card(folder, repo_id=repo_id, checks=checks)
+            write_card(folder, repo_id=repo_id, checks=checks, **about)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, ignore_patterns=IGNORED
-        )
+        with tempfile.TemporaryDirectory() as scratch:
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder if base is None else _naming(folder, base, Path(scratch) / "adapter"),
+                revision=revision,
+                commit_message=message,
+                ignore_patterns=IGNORED,
+            )
     except HFValidationError as error:
         raise PushError(f"{repo!r} is not a name the Hub takes: {_first_line(error)}; give user/name") from None
     except HfHubHTTPError as error:
@@ -70,6 +89,15 @@ def push_folder(
         raise PushError(f"{repo} was not pushed: {reason}") from None
     except (HTTPError, ConnectionError) as error:  # HTTPError: of the HTTP library that this release of the client uses
         raise PushError(f"{repo} was not pushed: the Hub cannot be reached: {_first_line(error)}") from None
+
+
+def _naming(folder: Path, base: str, copy: Path) -> Path:
+    """A copy of an adapter's folder that names its model by the repository; here it goes on naming the folder."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*(pattern.partition("/")[0] for pattern in IGNORED)))
+    config = json.loads((copy / ADAPTER_FILE).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    (copy / ADAPTER_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return copy
 
 
 _REASONS = {

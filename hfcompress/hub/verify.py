@@ -16,8 +16,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import AutoConfig
 
+from hfcompress.checkpoints.adapters import ADAPTER_FILE, base_of, read_config
 from hfcompress.checkpoints.io import load
 from hfcompress.checkpoints.record import needs_building
 from hfcompress.measurement import example_inputs
@@ -30,6 +30,7 @@ ROUTES = {
     "auto": "import hfcompress, then the Auto class",
     "remote": "the Auto class with trust_remote_code=True, without hfcompress",
     "plain": "the Auto class alone, without hfcompress",
+    "peft": "import hfcompress, then peft's PeftModel on the model that the adapter belongs to",
 }
 
 
@@ -102,11 +103,17 @@ def probe_outputs(outputs: Any) -> torch.Tensor:
 
 def routes_of(folder: str | Path) -> list[str]:
     """The routes by which a folder should load, from what its config says."""
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
+    if _is_adapter(Path(folder)):
+        return ["load", "auto", *([] if is_4bit(config) or needs_building(config) else ["plain"]), "peft"]
     if not needs_building(config):
         # Without our guard bitsandbytes reads 4-bit weights of some widths wrong on CPUs, so that is not promised.
         return ["load", "auto"] if is_4bit(config) else ["load", "auto", "plain"]
     return ["load", "auto", "remote"]
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file()
 
 
 def is_4bit(config: Any) -> bool:
@@ -122,7 +129,7 @@ def verify_folder(
     """Load a folder in fresh processes, with and without hfcompress, and compare outputs with those kept at saving.
 
     Args:
-        folder: A folder that `save_pretrained` wrote. Without a probe in it, one is made by loading it here first.
+        folder: A folder that `save_pretrained` wrote, of a model or of an adapter. Without a probe in it, one is made by loading it here first.
         routes: Which ones; None means all that should work.
         timeout_s: Longest time for a process.
 
@@ -133,12 +140,13 @@ def verify_folder(
         OSError: There is no such folder, or nothing in it can be loaded.
     """
     folder = Path(folder).resolve()
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not _is_adapter(folder):
         raise FileNotFoundError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
     if not (folder / PROBE_FILE).is_file():
         save_probe(load(folder), folder)
     routes = routes_of(folder) if routes is None else routes
-    groups = [[r for r in routes if r in ("load", "auto")], [r for r in routes if r in ("remote", "plain")]]
+    without = ("remote", "plain")
+    groups = [[r for r in routes if r not in without], [r for r in routes if r in without]]
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda group: _run_child(folder, group, timeout_s), [group for group in groups if group])
         checks = [check for group in found for check in group]
@@ -182,7 +190,10 @@ def _judge(route: str, found: dict[str, Any], tolerance: float) -> RouteCheck:
 
 def _tolerance(folder: Path) -> float:
     """1e-5 in float32; coarser where kernels of other batch shapes or devices round differently."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base = Path(base_of(folder) or folder) if _is_adapter(folder) else folder
+    if not (base / "config.json").is_file():
+        return 1e-2  # on the Hub
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     plain = config.get("dtype", "float32") == "float32" and not config.get("quantization_config")
     return 1e-5 if plain else 1e-2
 

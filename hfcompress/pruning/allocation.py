@@ -7,54 +7,22 @@ parameters, FLOPs or measured milliseconds differ only in the costs.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from hfcompress.anatomy import Site
 from hfcompress.config import PruneConfig
+from hfcompress.knapsack import Choice, Option, least_cost, solve
 from hfcompress.measurement.costs import Costs
 from hfcompress.pruning.curves import Curve
 from hfcompress.pruning.plan import Plan
 
-_CELLS = 4096  # steps that the budget is divided into
 _OPTIONS = 64  # counts that are tried per site; of more, as many evenly spread ones
 
 
 class BudgetError(ValueError):
     """The budget cannot be met under the constraints."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to leave a group of sites.
-
-    Attributes:
-        units: What is left of each site of the group.
-        loss: Expected increase of the loss.
-        cost: In the quantity of the budget.
-    """
-
-    units: int
-    loss: float
-    cost: float
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The choices in one layer.
-
-    Attributes:
-        groups: For each group of sites its options.
-        fixed: What the layer costs besides.
-        loss_without: Expected increase of the loss if the whole layer goes; None if it has to stay.
-    """
-
-    groups: tuple[tuple[Option, ...], ...]
-    fixed: float = 0.0
-    loss_without: float | None = None
 
 
 def allocate(
@@ -203,24 +171,24 @@ def _least_loss(
             )
         )
     if config.uniform:
-        layers = [Layer(tuple(options), fixed=sum(costs.fixed.values()))]
+        layers = [Choice(tuple(options), fixed=sum(costs.fixed.values()))]
         members = [list(range(len(groups)))]
         names: list[str | None] = [None]
     else:
         layers, members, names = [], [], []
         for name, fixed in costs.fixed.items():
             mine = [index for index, group in enumerate(groups) if layer_name(group[0]) == name]
-            layers.append(Layer(tuple(options[index] for index in mine), fixed, layer_losses.get(name)))
+            layers.append(Choice(tuple(options[index] for index in mine), fixed, layer_losses.get(name)))
             members.append(mine)
             names.append(name)
         shared = [index for index in range(len(groups)) if not any(index in mine for mine in members)]
-        layers.append(Layer(tuple(options[index] for index in shared)))
+        layers.append(Choice(tuple(options[index] for index in shared)))
         members.append(shared)
         names.append(None)
     layers = _keep_one_per_stack(layers, names)
     choice = solve(layers, budget - costs.rest)
     if choice is None:
-        least = costs.rest + sum(_cheapest(layer) for layer in layers)
+        least = costs.rest + sum(least_cost(layer) for layer in layers)
         raise BudgetError(
             f"{budget:,.4g} {costs.quantity} cannot be reached with units {config.units}, at_least heads "
             f"{config.at_least.heads}, neurons {config.at_least.neurons}: at least {least:,.4g} stay; ask for less, "
@@ -234,11 +202,11 @@ def _least_loss(
             dropped.add(layer)
             continue
         for index, option in zip(mine, chosen, strict=True):
-            left |= {site.name: option.units for site in groups[index]}
+            left |= {site.name: option.value for site in groups[index]}
     return left, dropped
 
 
-def _keep_one_per_stack(layers: list[Layer], names: Sequence[str | None]) -> list[Layer]:
+def _keep_one_per_stack(layers: list[Choice], names: Sequence[str | None]) -> list[Choice]:
     """The layer of each stack that would cost most to drop has to stay."""
     kept = list(layers)
     stacks: dict[str, list[int]] = {}
@@ -250,128 +218,6 @@ def _keep_one_per_stack(layers: list[Layer], names: Sequence[str | None]) -> lis
             most = max(indices, key=lambda index: kept[index].loss_without or 0.0)
             kept[most] = dataclasses.replace(kept[most], loss_without=None)
     return kept
-
-
-def _cheapest(layer: Layer) -> float:
-    if layer.loss_without is not None:
-        return 0.0
-    return layer.fixed + sum(min(option.cost for option in group) for group in layer.groups)
-
-
-def solve(layers: Sequence[Layer], budget: float, *, cells: int = _CELLS) -> list[list[Option] | None] | None:
-    """The choices with the least total loss whose total cost is at most the budget, by dynamic programming.
-
-    Exact where all costs are whole multiples of something of which the budget has at most `cells`. Elsewhere costs are rounded to
-    that many steps, so the result is the optimum of a problem whose costs differ from the true ones by half a step
-    each. What is returned never exceeds the budget.
-
-    Args:
-        layers: What can be chosen.
-        budget: Of the sum of all costs.
-        cells: Resolution.
-
-    Returns:
-        For each layer one option per group, or None where the layer goes; None if there is no choice within the budget.
-
-    Example:
-        >>> group = (Option(2, 0.0, 2.0), Option(1, 1.0, 1.0), Option(0, 5.0, 0.0))
-        >>> [[option.units for option in chosen] for chosen in solve([Layer((group,)), Layer((group, group))], 4.0)]
-        [[1], [1, 2]]
-    """
-    least = sum(_cheapest(layer) for layer in layers)
-    if least > budget * (1 + 1e-9) + 1e-12:
-        return None
-    step = _common_divisor(layers)
-    if step and budget / step <= cells:
-        return _solve_rounded(layers, step, math.floor(budget / step * (1 + 1e-9)))
-    allowance = budget
-    for _ in range(8):
-        choice = _solve_rounded(layers, allowance / cells if allowance > 0 else 1.0, cells)
-        if choice is None:
-            break
-        over = _cost_of(layers, choice) - budget
-        if over <= 1e-9 * max(1.0, abs(budget)):
-            return choice
-        allowance -= max(over, budget / cells)
-    # Rounding leaves nothing: take the cheapest of everything.
-    return [
-        None
-        if layer.loss_without is not None
-        else [min(group, key=lambda option: (option.cost, option.loss)) for group in layer.groups]
-        for layer in layers
-    ]
-
-
-def _cost_of(layers: Sequence[Layer], choice: Sequence[list[Option] | None]) -> float:
-    return sum(
-        layer.fixed + sum(option.cost for option in chosen)
-        for layer, chosen in zip(layers, choice, strict=True)
-        if chosen is not None
-    )
-
-
-def _common_divisor(layers: Sequence[Layer]) -> int:
-    """The greatest common divisor of all costs; 0 if they are no whole numbers."""
-    costs = [layer.fixed for layer in layers]
-    costs += [option.cost for layer in layers for group in layer.groups for option in group]
-    if any(cost != int(cost) for cost in costs):
-        return 0
-    return math.gcd(*(int(cost) for cost in costs))
-
-
-def _solve_rounded(layers: Sequence[Layer], step: float, cells: int) -> list[list[Option] | None] | None:
-    def rounded(cost: float) -> int:
-        return max(0, round(cost / step))
-
-    best = np.zeros(cells + 1)  # best[c]: least loss of the layers so far with a cost of at most c steps
-    trail: list[tuple[np.ndarray | None, list[np.ndarray]]] = []
-    for layer in layers:
-        before = best
-        best = _shifted(before, rounded(layer.fixed))
-        picks = []
-        for group in layer.groups:
-            fresh = np.full(cells + 1, np.inf)
-            pick = np.zeros(cells + 1, dtype=np.int32)
-            for number, option in enumerate(group):
-                cost = rounded(option.cost)
-                if cost > cells:
-                    continue
-                candidate = best[: cells + 1 - cost] + option.loss
-                better = candidate < fresh[cost:]
-                fresh[cost:][better] = candidate[better]
-                pick[cost:][better] = number
-            best = fresh
-            picks.append(pick)
-        gone = None
-        if layer.loss_without is not None:
-            gone = before + layer.loss_without <= best
-            best = np.where(gone, before + layer.loss_without, best)
-        trail.append((gone, picks))
-    if not math.isfinite(best[cells]):
-        return None
-    place = cells
-    choice: list[list[Option] | None] = []
-    for layer, (gone, picks) in zip(reversed(layers), reversed(trail), strict=True):
-        if gone is not None and gone[place]:
-            choice.append(None)
-            continue
-        chosen: list[Option] = []
-        for group, pick in zip(reversed(layer.groups), reversed(picks), strict=True):
-            option = group[pick[place]]
-            place -= rounded(option.cost)
-            chosen.append(option)
-        place -= rounded(layer.fixed)
-        choice.append(list(reversed(chosen)))
-    return list(reversed(choice))
-
-
-def _shifted(values: np.ndarray, by: int) -> np.ndarray:
-    if by == 0:
-        return values.copy()
-    moved = np.full_like(values, np.inf)
-    if by < len(values):
-        moved[by:] = values[:-by]
-    return moved
 
 
 def _same_share(

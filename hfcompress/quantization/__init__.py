@@ -1,5 +1,7 @@
 """Quantization with bitsandbytes."""
 
+from hfcompress.quantization.adapters import add_adapters, loftq, merge_adapter, refit_weights
+from hfcompress.quantization.cpu_inference import pack_for_cpu, unpack_for_cpu
 from hfcompress.quantization.presets import PRESETS, make_config, modules_to_skip
 from hfcompress.quantization.quantizing import own_device_map, quantize
 

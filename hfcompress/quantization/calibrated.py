@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.calibration import Batch, LayerWalk, gram, linear_weight, real_tokens
+from hfcompress.calibration import Batch, LayerWalk, Moments, linear_weight, real_tokens
 from hfcompress.checkpoints.grids import Grid
 from hfcompress.quantization.fitting import Fit
 from hfcompress.quantization.formats import Format, format_of
@@ -45,19 +45,10 @@ class Rounded:
 
 @dataclass
 class _Input:
-    """What enters some linear layers (queries, keys and values read the same), summed over tokens."""
+    """What enters some linear layers: queries, keys and values read the same."""
 
     names: list[str]
-    products: torch.Tensor
-    differences: torch.Tensor | None = None
-    count: int = 0
-
-    def add(self, features: torch.Tensor, dense: torch.Tensor | None) -> None:
-        self.products += gram(features).double()
-        if dense is not None:
-            product = ((dense - features).T @ features).double()
-            self.differences = product if self.differences is None else self.differences + product
-        self.count += len(features)
+    moments: Moments
 
 
 @dataclass
@@ -104,15 +95,13 @@ def round_on_data(
     *,
     fit: Fit = "mse",
     damping: float = _DAMPING,
-    compensate: float = 1.0,
     by_activation: bool = True,
 ) -> dict[str, Rounded]:
     """Second-order rounding on sample data, layer by layer, in place.
 
     Layers are rounded one after the other, each on what the rounded layers before it give; within a layer the columns not yet rounded
-    make up for the error of those that are (GPTQ: Frantar et al. 2023). Before that its weights are moved to where, on the inputs
-    that it will really get, they come nearest to what the whole model's layer computes on its own inputs: min ||W' X' - W X||, the
-    least squares that GPTAQ (Li et al. 2025) and Qronos (Zhang et al. 2025) start from.
+    make up for the error of those that are (GPTQ: Frantar et al. 2023). In memory are the model, the hidden states between two layers
+    and one layer's second moments.
 
     Args:
         model: The model, in evaluation mode; its weights become what the grids say.
@@ -121,25 +110,20 @@ def round_on_data(
             batch reaches, are rounded to the nearest.
         fit: How the grids are fitted; "mse" weighs errors by the second moments of the inputs.
         damping: Share of the mean second moment that is added to each.
-        compensate: From 0 (each layer's own weights) to 1 (make up for all that was lost before).
         by_activation: Round the inputs with the largest second moment first.
 
     Returns:
         The layers, by name.
     """
     walk = LayerWalk(model, batches)
-    dense: list[torch.Tensor] | None = None
     rounded: dict[str, Rounded] = {}
     for step, (label, layer) in enumerate(tqdm(walk.steps, desc="rounding", unit="layer", delay=2)):
         inside = _inside(model, layer, formats)
         walk.enter(step)
-        if not walk.follows(step):
-            dense = None if walk.whole or not compensate else [hidden.clone() for hidden in walk.hidden]
-        inputs = _look(walk, step, inside, dense)
-        for group in inputs:
-            rounded |= _round_group(inside, group, formats, fit, damping, compensate, by_activation)
+        for group in _look(walk, step, inside):
+            rounded |= _round_group(inside, group, formats, fit, damping, by_activation)
+        logger.debug("rounded %s", label)
         walk.leave(step)
-        logger.debug("rounded %s: %d linear layers", label, sum(len(group.names) for group in inputs))
     rest = {name: written for name, written in formats.items() if name not in rounded}
     return rounded | round_at_once(model, rest)
 
@@ -151,36 +135,22 @@ def _inside(model: nn.Module, layer: nn.Module, formats: Mapping[str, str]) -> d
     return {name: module for name, module in found.items() if id(module) in here}
 
 
-def _look(
-    walk: LayerWalk, step: int, modules: Mapping[str, nn.Module], dense: list[torch.Tensor] | None
-) -> list[_Input]:
-    """Second moments of what enters modules of a step that is not rounded yet; the dense hidden states go on by it, in place."""
-    sums: dict[str, _Input] = {}
+def _look(walk: LayerWalk, step: int, modules: Mapping[str, nn.Module]) -> list[_Input]:
+    """Second moments of what enters modules of a step that is not rounded yet."""
+    found: dict[str, _Input] = {}
     for number, batch in enumerate(walk.batches):
         with _noted(modules) as seen:
             walk.run(step, number)
-        theirs: dict[str, list[torch.Tensor]] = {}
-        if dense is not None:
-            with _noted(modules) as whole:
-                after = walk.run(step, number, dense[number])
-            assert after is not None
-            dense[number], theirs = after, whole.inputs
         for name, calls in seen.inputs.items():
-            for call, tensor in enumerate(calls):
-                features = _tokens(tensor, walk, step, batch)
-                target = _tokens(theirs[name][call], walk, step, batch) if name in theirs else None
-                if name not in sums:
-                    width = features.shape[1]
-                    sums[name] = _Input([], torch.zeros(width, width, dtype=torch.float64, device=features.device))
-                sums[name].add(features, target)
+            for tensor in calls:
+                features = real_tokens(tensor, batch, decoder=walk.is_decoder(step))
+                if name not in found:
+                    found[name] = _Input([], Moments.zeros(features.shape[1], features.device))
+                found[name].moments.add(features)
         for name, first in seen.alias.items():
-            if name not in sums[first].names:
-                sums[first].names.append(name)
-    return list(sums.values())
-
-
-def _tokens(tensor: torch.Tensor, walk: LayerWalk, step: int, batch: Batch) -> torch.Tensor:
-    return real_tokens(tensor, batch, decoder=walk.is_decoder(step)).float()
+            if name not in found[first].names:
+                found[first].names.append(name)
+    return list(found.values())
 
 
 @contextmanager
@@ -205,23 +175,15 @@ def _round_group(
     formats: Mapping[str, str],
     fit: Fit,
     damping: float,
-    compensate: float,
     by_activation: bool,
 ) -> dict[str, Rounded]:
     """Round layers that read the same inputs."""
-    moment = group.products / max(group.count, 1)
-    shift = None
-    if group.differences is not None:
-        damped = moment.clone()
-        damped.diagonal().add_(damping * moment.diagonal().mean())
-        shift = compensate * torch.linalg.solve(damped, (group.differences / group.count).T).T
+    moment = group.moments.second_moment()
     sweep = Sweep.of(moment, damping=damping, by_activation=by_activation)
     rounded = {}
     for name in group.names:
         linear, form = modules[name], format_of(formats[name])
         weight = linear_weight(linear).float()
-        if shift is not None:
-            weight = weight + (weight.double() @ shift).float()
         grid = form.fit(weight, fit=fit, importance=moment.diagonal().float())
         rounded[name] = Rounded(form, grid, round_columns(weight, grid, sweep))
         _set_weight(linear, rounded[name].weight())

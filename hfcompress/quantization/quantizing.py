@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from hfcompress.checkpoints.adapters import ADAPTER_FILE
 from hfcompress.checkpoints.io import load, model_class
 from hfcompress.checkpoints.record import add_step
 from hfcompress.quantization.presets import make_config, modules_to_skip
@@ -26,6 +28,9 @@ def quantize(
     *,
     skip: Sequence[str] = (),
     dtype: str = "auto",
+    compute_dtype: str = "auto",
+    storage: str | None = None,
+    threshold: float | None = None,
     device_map: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -39,43 +44,85 @@ def quantize(
         preset: "int8", "nf4", "nf4-dq", "fp4" or "fp4-dq"; dq: the block scales are quantized as well.
         skip: Further modules to leave alone.
         dtype: Of everything that is not quantized: "auto" keeps what the model has; or a name of a float type.
-        device_map: As for `from_pretrained`; None puts the whole model on this process's own GPU, or on the CPU.
-        **kwargs: Passed to `from_pretrained`: revision, token, ...
+        compute_dtype: What 4-bit weights are multiplied in: "auto" is `dtype`; or a name of a float type.
+        storage: Of 4-bit weights: the float type that FSDP shards them as, which has to be `dtype`; None is uint8.
+        threshold: Of int8: inputs of this size and more are multiplied in float; None is 6, and 0 multiplies all in int8.
+        device_map: As for `from_pretrained`: "auto" spreads the layers over all GPUs, for inference; None puts the whole model on this
+            process's own GPU, or on the CPU.
+        **kwargs: Passed to `from_pretrained`: revision, token, max_memory, ...
 
     Returns:
         The quantized model in eval mode, with the step in its record.
 
     Raises:
-        ValueError: Unknown preset or module, the model is quantized already, or bitsandbytes is missing.
+        ValueError: Unknown preset, module or type, the model is quantized already, the device map mixes CPU and GPU, or bitsandbytes is
+            missing.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("quantization needs bitsandbytes; install it with: pip install bitsandbytes")
+    if (Path(path_or_repo) / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{path_or_repo} holds an adapter; make one model of it first with merge_adapter, and quantize that"
+        )
     cls, config = model_class(path_or_repo, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{path_or_repo} is quantized already; quantize the model it was made from")
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known; allowed: auto, {', '.join(_DTYPES)}")
+    for name, value in (("dtype", dtype), ("compute_dtype", compute_dtype), ("storage", storage or "auto")):
+        if value != "auto" and value not in _DTYPES:
+            raise ValueError(f"{name} {value!r} is not known; allowed: auto, {', '.join(_DTYPES)}")
+    _check_device_map(device_map)
     with torch.device("meta"):
         blank = cls._from_config(config)
     leave = modules_to_skip(blank, also=skip)
     rest = _DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
     model = load(
         path_or_repo,
-        quantization_config=make_config(preset, skip=leave, dtype=rest),
+        quantization_config=make_config(
+            preset,
+            skip=leave,
+            dtype=_DTYPES.get(compute_dtype, rest),
+            storage=_DTYPES.get(storage or "auto"),
+            threshold=threshold,
+        ),
         device_map=own_device_map() if device_map is None else device_map,
         dtype=rest,
         **kwargs,
     )
-    count = sum(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
+    count = sum(_is_quantized(module) for module in model.modules())
+    # As it came out: transformers also leaves alone what it keeps in float32 (T5's wo), and layers of a class of their own.
+    left = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and not _is_quantized(m)}
     if count == 0:
-        raise ValueError(
-            f"nothing in {path_or_repo} was quantized: it has no linear layers that are not skipped ({leave})"
-        )
+        kinds = {type(module).__name__ for name, module in left.items() if name not in leave}
+        reason = f"transformers does not quantize {', '.join(sorted(kinds))}" if kinds else f"all are skipped ({leave})"
+        raise ValueError(f"nothing in {path_or_repo} was quantized: of its linear layers, {reason}")
+    facts = {"storage": storage} if storage else {}
+    facts |= {"threshold": threshold} if threshold is not None else {}
+    facts |= {"compute_dtype": compute_dtype} if compute_dtype != "auto" else {}
     add_step(
-        model.config, "quantize", preset=preset, skipped=leave, dtype=str(rest).removeprefix("torch."), layers=count
+        model.config,
+        "quantize",
+        preset=preset,
+        skipped=sorted(left),
+        dtype=str(rest).removeprefix("torch."),
+        layers=count,
+        **facts,
     )
-    logger.info("quantized %d linear layers with %s; left alone: %s", count, preset, ", ".join(leave) or "nothing")
+    logger.info("quantized %d linear layers with %s; left alone: %s", count, preset, ", ".join(left) or "nothing")
     return model
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes")
+
+
+def _check_device_map(device_map: Any) -> None:
+    """Refuse what transformers would answer with layers that are silently not quantized."""
+    places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else {str(device_map)}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ValueError(
+            f"device_map puts some layers on {', '.join(sorted(places & {'cpu', 'disk'}))} and others elsewhere, where they would not be "
+            "quantized; use GPUs only, or the CPU for all of it"
+        )
 
 
 def own_device_map() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import nested_concat, nested_numpify
 
+from hfcompress.checkpoints.adapters import base_of
 from hfcompress.checkpoints.io import load
 from hfcompress.config import MeasureConfig
 from hfcompress.measurement import (
@@ -122,7 +123,7 @@ def measure_folders(folders: Mapping[str, Path], rate: Rate | None, config: Meas
                 row["p_value_against_first"] = None if name == baseline else mcnemar(right, correct)
         row |= {
             "parameters": count_parameters(model),
-            "disk_bytes": disk_bytes(folders[name]),
+            "disk_bytes": _with_base(folders[name]),
             "memory_bytes": memory_bytes(model),
             "flops_per_input": count_flops(model, inputs) // config.batch,
             "latency": whole[name].to_dict(),
@@ -133,6 +134,12 @@ def measure_folders(folders: Mapping[str, Path], rate: Rate | None, config: Meas
             row["layers_speedup"] = asdict(speedup(layers[baseline], layers[name]))
         rows.append(row)
     return rows
+
+
+def _with_base(folder: Path) -> int:
+    """Bytes on disk; of an adapter together with the model that it belongs to, without which it is nothing."""
+    base = base_of(folder)
+    return disk_bytes(folder) + (disk_bytes(base) if base is not None and Path(base).is_dir() else 0)
 
 
 def device_of(name: str) -> torch.device:

@@ -39,7 +39,8 @@ def main() -> None:
 
 
 def _has_processor(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
+    processor = any((folder / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
+    return processor and (folder / "config.json").is_file()  # beside an adapter there is none
 
 
 if __name__ == "__main__":

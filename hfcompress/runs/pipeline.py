@@ -26,14 +26,23 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from hfcompress.checkpoints.io import load
-from hfcompress.config import AssistantConfig, DataConfig, ModelConfig, Recipe, RecipeError, Target
+from hfcompress.config import (
+    AssistantConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    Recipe,
+    RecipeError,
+    RecoverConfig,
+    Target,
+)
 from hfcompress.distillation import make_student
 from hfcompress.hub import push_folder, save_probe, verify_folder, write_card
 from hfcompress.hub.card import RESULTS_FILE, read_results
 from hfcompress.hub.picture import save_tradeoff_picture
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import Metric, provenance
-from hfcompress.quantization import quantize
+from hfcompress.quantization import add_adapters, own_device_map, quantize, refit_weights
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.examples import drop
 from hfcompress.runs.processors import copy_processor
@@ -44,11 +53,9 @@ from hfcompress.training import (
     CompressionTrainer,
     DistillationTrainer,
     PlainTrainer,
-    PruningTrainer,
     Seq2SeqCompressionTrainer,
     Seq2SeqDistillationTrainer,
     Seq2SeqPlainTrainer,
-    Seq2SeqPruningTrainer,
 )
 from hfcompress.training.pruning import goal_folder
 
@@ -90,8 +97,8 @@ class Run:
             raise RecipeError(
                 "the recipe needs model.name (to fine-tune and compress) or teacher.name (already fine-tuned)"
             )
-        if recipe.distill is None and recipe.prune is None and recipe.quantize is None:
-            raise RecipeError("the recipe asks for nothing: add distill, prune or quantize")
+        if not any((recipe.distill, recipe.prune, recipe.qat, recipe.quantize)):
+            raise RecipeError("the recipe asks for nothing: add distill, prune, qat or quantize")
         assert recipe.data is not None and recipe.task is not None and recipe.output is not None
         return recipe.data, recipe.task, Path(recipe.output)
 
@@ -130,17 +137,19 @@ class Run:
         """All stages. Returns the rows of the table on the main process, None on the others."""
         task = self.prepare()
         teacher = self.make_teacher(task)
-        if self.recipe.distill is not None or self.recipe.prune is not None:
+        if self.recipe.distill or self.recipe.prune or self.recipe.qat:
             self.make_student(task, teacher)
             models = {TEACHER: self._teacher_folder(), **self._goal_folders(), "student": self.output / STUDENT}
         else:
             models = {TEACHER: self._teacher_folder()}
         self.state.wait_for_everyone()
+        name = "pruned" if self.recipe.prune is not None else "distilled" if self.recipe.distill else "trained"
+        if self.recipe.qat is not None:
+            name += f" in {self.recipe.qat.format}"
+        models = {name if key == "student" else key: folder for key, folder in models.items()}
+        models |= self.make_quantized(next(reversed(models)), next(reversed(models.values())), task)
         if not self.state.is_main_process:
             return None
-        name = "pruned" if self.recipe.prune is not None else "distilled"
-        models = {name if key == "student" else key: folder for key, folder in models.items()}
-        models |= self.make_quantized(next(reversed(models)), next(reversed(models.values())))
         rows = self.measure(models)
         self.write_cards(models, rows)
         if self._goal_folders():
@@ -271,9 +280,11 @@ class Run:
         if recipe.distill is not None:
             teacher_folder = self.make_assistants(task, teacher)
         doing = [
-            word for word, section in (("pruning", recipe.prune), ("distilling", recipe.distill)) if section is not None
+            word
+            for word, section in (("pruning", recipe.prune), ("distilling", recipe.distill), ("quantizing", recipe.qat))
+            if section is not None
         ]
-        self._say(f"{' and '.join(doing).capitalize()} the student")
+        self._say(f"{', '.join(doing).capitalize()}: training the student")
 
         def make(args: Any, common: dict[str, Any]) -> Any:
             student = self._first_student(task, teacher)
@@ -282,13 +293,8 @@ class Run:
                 if recipe.distill is not None
                 else None
             )
-            common = {"model": student, "recipe": recipe, "args": args, **common}
-            if recipe.prune is None:
-                distilling = Seq2SeqDistillationTrainer if task.generates else DistillationTrainer
-                return distilling(teacher=learn_from, **common)
-            if recipe.distill is None:
-                return (Seq2SeqPruningTrainer if task.generates else PruningTrainer)(**common)
-            return (Seq2SeqCompressionTrainer if task.generates else CompressionTrainer)(teacher=learn_from, **common)
+            compressing = Seq2SeqCompressionTrainer if task.generates else CompressionTrainer
+            return compressing(model=student, teacher=learn_from, recipe=recipe, args=args, **common)
 
         return self._train(STUDENT, task, make, recipe.train)
 
@@ -327,11 +333,16 @@ class Run:
         self._train(name, task, make, {**self.recipe.train, **config.train})
 
     def _train(
-        self, name: str, task: PreparedTask, make: Callable[[Any, dict[str, Any]], Any], settings: dict[str, Any]
+        self,
+        name: str,
+        task: PreparedTask,
+        make: Callable[[Any, dict[str, Any]], Any],
+        settings: dict[str, Any],
+        section: str = "teacher.train",
     ) -> nn.Module:
         """Train one model, going on from its last checkpoint if there is one, and save it."""
         checkpoints = self.output / f"{name}-checkpoints"
-        section = "train" if name == STUDENT else "teacher.train"
+        section = "train" if name == STUDENT else section
         args = self._arguments(task, checkpoints, settings, section)
         common = {
             "train_dataset": task.train_dataset,
@@ -415,23 +426,69 @@ class Run:
             )
         self._say(f"{len(digests)} processes hold the same plan and weights ({digests[0][:12]})")
 
-    def make_quantized(self, name: str, folder: Path) -> dict[str, Path]:
-        """The variants that the recipe asks for, each in a folder of its own."""
+    def make_quantized(self, name: str, folder: Path, task: PreparedTask) -> dict[str, Path]:
+        """The variants that the recipe asks for, each in a folder of its own, and their adapters beside them."""
         config = self.recipe.quantize
         if config is None:
             return {}
         variants = {}
         for preset in config.presets:
             target = self.output / f"{folder.name if folder.name != TEACHER else STUDENT}-{preset}"
-            if not self._is_done(target.name):
-                self._say(f"Quantizing with {preset}")
-                model = quantize(folder, preset, skip=config.skip, dtype=config.dtype)
-                model.save_pretrained(target)  # type: ignore[operator]
-                save_probe(model, target)
-                copy_processor(folder, target)
-                self._mark_done(target.name)
+            self._quantize(folder, preset, target)
             variants[f"{name} + {preset}"] = target
+            if config.recover is not None:
+                variants[f"{name} + {preset} + adapter"] = self._recover(folder, preset, target, config.recover, task)
         return variants
+
+    def _quantize(self, folder: Path, preset: str, target: Path, around: RecoverConfig | None = None) -> None:
+        """Write one variant, unless it is there; `around` adapters that will be put on it, if these say so."""
+        config = self.recipe.quantize
+        assert config is not None
+        if self.state.is_main_process and not self._is_done(target.name):
+            self._say(f"Quantizing with {preset}")
+            model = quantize(folder, preset, **config.settings_of(preset))
+            if around is not None:
+                full = load(folder, device_map=own_device_map())
+                refit_weights(model, full, rank=around.rank, iterations=around.iterations, targets=around.targets)
+            model.save_pretrained(target)  # type: ignore[operator]
+            save_probe(model, target)
+            copy_processor(folder, target)
+            self._mark_done(target.name)
+        self.state.wait_for_everyone()
+
+    def _recover(
+        self, folder: Path, preset: str, target: Path, config: RecoverConfig, task: PreparedTask
+    ) -> Path:
+        """Adapters for a quantized model that bring it nearer to what the student learned from."""
+        adapter, base = self.output / f"{target.name}-adapter", target
+        if self._is_done(adapter.name):
+            return adapter
+        if config.iterations > 1:
+            base = self.output / f"{target.name}-base"
+            self._quantize(folder, preset, base, config)
+        self._say(f"Training adapters on {base.name}")
+        recipe = Recipe(
+            distill=config.distill or self.recipe.distill or DistillConfig(), data=self.recipe.data, teacher=self.recipe.teacher
+        )
+        checkpoints = self.output / f"{adapter.name}-checkpoints"
+
+        def make(args: Any, common: dict[str, Any]) -> Any:
+            transformers.set_seed(self.recipe.seed)  # half of an adapter may be random
+            model: Any = load(base.resolve(), device_map=own_device_map())
+            full: Any = load(folder, device_map=own_device_map())
+            settings = config.model_dump(include={"rank", "alpha", "targets", "init", "dropout"})
+            student = add_adapters(model, full, **settings)
+            for parameter in full.parameters():
+                parameter.requires_grad_(parameter.dim() == 1)  # about as little as adapters, for the count of memory
+            # Assistants taught the student; here the teacher itself does, whose cache is another then.
+            assisted = self.recipe.teacher is not None and self.recipe.teacher.assistants
+            cache = checkpoints if assisted else self.output
+            learn_from = open_teachers(recipe, self._teacher_folder(), full, args, task, cache)
+            distilling = Seq2SeqDistillationTrainer if task.generates else DistillationTrainer
+            return distilling(model=student, teacher=learn_from, recipe=recipe, args=args, **common)
+
+        self._train(adapter.name, task, make, {**self.recipe.train, **config.train}, "quantize.recover.train")
+        return adapter
 
     def measure(self, models: dict[str, Path]) -> list[dict[str, Any]]:
         """Load everything that was saved in a fresh process, score and time it there."""

@@ -32,6 +32,7 @@ from hfcompress.anatomy import (
 )
 from hfcompress.anatomy.depth import layer_lists
 from hfcompress.anatomy.sites import RECORD_VERSION, Stack, find_stacks
+from hfcompress.checkpoints.adapters import save_record
 from hfcompress.checkpoints.portable import MODELING_FILE
 from hfcompress.checkpoints.record import read_units
 from hfcompress.distillation.teachers import without_adapters
@@ -249,6 +250,9 @@ class ExactTrainerMixin(_TrainerBase):
             for private in ("output_dir", "logging_dir"):  # paths of this machine
                 arguments.pop(private, None)
             (folder / TRAINING_ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+            model = self.accelerator.unwrap_model(self.model)
+            if without_adapters(model) is not model:
+                save_record(model.config, folder)
 
     # ---- Hub ----
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from hfcompress.config import Recipe
+from hfcompress.training.aware import QATMixin
 from hfcompress.training.distilling import DistillationMixin
 from hfcompress.training.exact import ExactTrainerMixin
 from hfcompress.training.pruning import PruningMixin
@@ -26,7 +27,7 @@ class _Named:
 
     def __init__(self, model: nn.Module | None = None, *args: Any, recipe: Recipe | None = None, **kwargs: Any) -> None:
         if recipe is not None:
-            for section in ("distill", "prune"):
+            for section in ("distill", "prune", "qat"):
                 if getattr(recipe, section) is not None and section not in self._serves:
                     raise ValueError(
                         f"{type(self).__name__} does not do what the recipe's section {section!r} asks for; "
@@ -80,17 +81,17 @@ class PruningTrainer(PruningMixin, _Named, Trainer):
     _serves = ("prune",)
 
 
-class CompressionTrainer(DistillationMixin, PruningMixin, _Named, Trainer):
-    """`Trainer` that prunes and distils at once.
+class CompressionTrainer(DistillationMixin, PruningMixin, QATMixin, _Named, Trainer):
+    """`Trainer` that prunes, distils and trains with rounded weights, all at once or one of them.
 
     Args:
         model: The student, pruned in place.
         teacher: The teacher; needed if the recipe has a `distill` section.
-        recipe: What to do; without a recipe, the defaults of both sections.
+        recipe: What to do: sections `distill`, `prune`, `qat`; without a recipe, the defaults of the first two.
         **kwargs: Everything that `Trainer` takes.
     """
 
-    _serves = ("distill", "prune")
+    _serves = ("distill", "prune", "qat")
 
     def __init__(self, model: nn.Module | None = None, *args: Any, recipe: Recipe | None = None, **kwargs: Any) -> None:
         recipe = recipe if recipe is not None else Recipe.from_dict({"distill": {}, "prune": {}})
@@ -109,10 +110,10 @@ class Seq2SeqPruningTrainer(PruningMixin, _Named, Seq2SeqTrainer):
     _serves = ("prune",)
 
 
-class Seq2SeqCompressionTrainer(DistillationMixin, PruningMixin, _Named, Seq2SeqTrainer):
-    """`Seq2SeqTrainer` that prunes and distils at once; see `CompressionTrainer`."""
+class Seq2SeqCompressionTrainer(DistillationMixin, PruningMixin, QATMixin, _Named, Seq2SeqTrainer):
+    """`Seq2SeqTrainer` that prunes, distils and trains with rounded weights; see `CompressionTrainer`."""
 
-    _serves = ("distill", "prune")
+    _serves = ("distill", "prune", "qat")
 
     def __init__(self, model: nn.Module | None = None, *args: Any, recipe: Recipe | None = None, **kwargs: Any) -> None:
         recipe = recipe if recipe is not None else Recipe.from_dict({"distill": {}, "prune": {}})

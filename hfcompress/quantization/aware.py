@@ -1,0 +1,141 @@
+"""Training with the weights that will be written: rounded in each forward pass, whole underneath."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hfcompress.calibration import linear_weight
+from hfcompress.quantization.calibrated import Rounded
+from hfcompress.quantization.fitting import Fit
+from hfcompress.quantization.formats import Format, format_of
+
+_COARSE = 4  # bits; below, a range that reaches to the largest weight loses more than one that does not
+
+
+def training_fit(form: Format) -> Fit:
+    """How grids are fitted in each step of training.
+
+    Example:
+        >>> training_fit(format_of("int2-asym")), training_fit(format_of("nf4"))
+        ('normal', 'min-max')
+    """
+    coarse = form.scheme.uniform or form.scheme.kind == "binary"
+    return "normal" if coarse and form.scheme.bits < _COARSE else "min-max"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounds; the gradient does not notice."""
+
+    @staticmethod
+    def forward(_ctx: Any, weight: torch.Tensor, form: Format) -> torch.Tensor:
+        whole = weight.float()
+        return form.fit(whole, fit=training_fit(form)).snap(whole).to(weight.dtype)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+class RoundedWeight:
+    """What an aware layer does with its weight; it has no state, so a checkpoint is that of the plain model.
+
+    Attributes:
+        form: How the weight will be written; None leaves it whole.
+    """
+
+    def __init__(self, form: Format | None) -> None:
+        self.form = form
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rounded weight, shape (outputs, inputs); its gradient is passed on as it is (straight-through: Bengio et al. 2013)."""
+        if self.form is None or weight.numel() == 0:
+            return weight
+        rounded: torch.Tensor = _StraightThrough.apply(weight, self.form)
+        return rounded
+
+    def rounded(self, weight: torch.Tensor) -> Rounded:
+        """The same weights as they are written in the end."""
+        assert self.form is not None
+        weight = weight.float()
+        grid = self.form.fit(weight, fit=training_fit(self.form))
+        return Rounded(self.form, grid, grid.encode(weight))
+
+
+class AwareLinear(nn.Linear):
+    """A linear layer that multiplies with its rounded weights. Its parameters are those of the plain layer."""
+
+    rounding: RoundedWeight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs times the rounded weights, plus bias."""
+        return F.linear(inputs, self.rounding(self.weight), self.bias)
+
+
+class AwareConv1D(Conv1D):
+    """The same for transformers' Conv1D."""
+
+    rounding: RoundedWeight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs times the rounded weights, plus bias."""
+        return F.linear(inputs, self.rounding(self.weight.T), self.bias)
+
+
+_AWARE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: AwareLinear, Conv1D: AwareConv1D}
+
+
+def make_aware(model: nn.Module, formats: Mapping[str, str | None]) -> None:
+    """Let linear layers of a model multiply with rounded weights from now on, in place.
+
+    Parameters, their names and what is saved stay as they are. Called again, it changes the formats.
+
+    Args:
+        model: The model.
+        formats: Name of a linear layer to how it will be written (see `format_of`); None for not yet.
+
+    Raises:
+        ValueError: A layer is not a plain linear layer, or the format has no numbers before the weights are known (codebooks).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> make_aware(model, {"0": "ternary"})
+        >>> x = torch.randn(2, 8)
+        >>> len({round(abs(float(w)), 4) for w in (model(torch.eye(8)) - model[0].bias).flatten()}) <= 2
+        True
+        >>> [name for name, _ in model.named_parameters()]
+        ['0.weight', '0.bias']
+    """
+    for name, written in formats.items():
+        module = model.get_submodule(name)
+        form = None if written is None else format_of(written)
+        if form is not None and form.scheme.kind == "codebook":
+            raise ValueError("a codebook is found once, after training; train with an int scheme of as many bits, or none")
+        if not isinstance(module, AwareLinear | AwareConv1D):
+            if type(module) not in _AWARE:
+                raise ValueError(f"{name} is a {type(module).__name__}, not a plain linear layer")
+            module.__class__ = _AWARE[type(module)]
+        module.rounding = RoundedWeight(form)
+
+
+def round_aware(model: nn.Module) -> dict[str, Rounded]:
+    """What the aware layers of a model multiply with, by name; they become plain layers with these weights, in place."""
+    plain = {aware: kind for kind, aware in _AWARE.items()}
+    rounded = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AwareLinear | AwareConv1D):
+            rounding = module.rounding
+            del module.rounding
+            module.__class__ = plain[type(module)]
+            if rounding.form is None or module.weight.numel() == 0:
+                continue
+            rounded[name] = rounding.rounded(linear_weight(module))
+            weight = rounded[name].weight().to(module.weight.dtype)
+            with torch.no_grad():
+                module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
+    return rounded
