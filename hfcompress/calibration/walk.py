@@ -161,7 +161,11 @@ class LayerWalk:
             for number, (_, layer) in enumerate(self.steps):
                 stack.enter_context(_hooked(layer.register_forward_pre_hook(before(number), with_kwargs=True)))
                 stack.enter_context(_hooked(layer.register_forward_hook(after(number))))
-            with torch.no_grad():
+            if (
+                head := _language_head(self.model)
+            ) is not None:  # a row of logits is far larger than one of hidden states
+                stack.enter_context(_replaced_forward(head, _stop))
+            with torch.no_grad(), contextlib.suppress(_Stop):
                 self.model(**to_device(self.batches[0], self.model))
         return facts
 
@@ -253,6 +257,12 @@ def _hooked(handle: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _language_head(model: Any) -> nn.Module | None:
+    """What turns hidden states into logits of a vocabulary, if the model has that; it comes last."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head if isinstance(head, nn.Linear) else None
 
 
 def _pass_through(*args: Any, **kwargs: Any) -> Any:

@@ -34,6 +34,35 @@ def only_errors() -> Iterator[None]:
         logging.disable(before)
 
 
+class OnlyBias(nn.Module):
+    """What a linear layer without inputs computes: its bias, for every row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.features, self.bias = linear.out_features, linear.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Of the inputs, shape (..., 0), only the shape is looked at."""
+        bias = states.new_zeros(self.features) if self.bias is None else self.bias
+        return bias.expand(*states.shape[:-1], self.features)
+
+
+@contextlib.contextmanager
+def without_empty_layers(model: nn.Module) -> Iterator[None]:
+    """No tensors without elements while a model is traced: OpenVINO takes their length for the number of rows.
+
+    Where a sublayer was pruned away altogether, what led into it is then not part of the graph.
+    """
+    empty = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear) and not one.in_features]
+    try:
+        for name, linear in empty:
+            model.set_submodule(name, OnlyBias(linear))
+        yield
+    finally:
+        for name, linear in empty:
+            model.set_submodule(name, linear)
+
+
 def write_graph(model: nn.Module, runtime: Runtime, folder: Path) -> Path:
     """Trace a model with free numbers of rows and tokens, and write its graph in 32 bits.
 
@@ -53,7 +82,7 @@ def write_graph(model: nn.Module, runtime: Runtime, folder: Path) -> Path:
     if reads_text(model):
         free = {name: {**axes, 1: torch.export.Dim.AUTO} for name, axes in free.items()}
     write = _write_onnx if runtime == "onnxruntime" else _write_openvino
-    with only_errors(), torch.no_grad():
+    with only_errors(), torch.no_grad(), without_empty_layers(model):
         return write(model, inputs, free, folder)
 
 

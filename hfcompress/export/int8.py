@@ -53,11 +53,10 @@ def quantize_graph(
         quantize(source, target, form, [weight.detach().numpy() for weight in stays], list(calibration))
 
 
-def _stays(constant: np.ndarray, weights: Sequence[np.ndarray]) -> bool:
-    """Whether a constant of a graph is one of some weights, perhaps turned around, or is empty: what was pruned away has no range."""
+def _same(constant: np.ndarray, weights: Sequence[np.ndarray]) -> bool:
+    """Whether a constant of a graph is one of some weights, perhaps turned around."""
     turned = [constant, constant.T] if constant.ndim == 2 else [constant]
-    same = any(one.shape == weight.shape and np.array_equal(one, weight) for one in turned for weight in weights)
-    return same or not constant.size
+    return any(one.shape == weight.shape and np.array_equal(one, weight) for one in turned for weight in weights)
 
 
 def _quantize_onnx(
@@ -68,7 +67,7 @@ def _quantize_onnx(
 
     graph = onnx.load(source).graph
     weights = {weight.name: onnx.numpy_helper.to_array(weight) for weight in graph.initializer if len(weight.dims) > 1}
-    kept = {name for name, array in weights.items() if _stays(array, stays)}
+    kept = {name for name, array in weights.items() if _same(array, stays)}
     settings: dict[str, Any] = {
         # One scale per tensor turns the logits of MiniLM by 20 degrees.
         "per_channel": True,
@@ -127,11 +126,11 @@ def _quantize_openvino(
 
 
 def _reading(model: Any, weights: list[np.ndarray]) -> list[str]:
-    """The nodes of an OpenVINO graph that multiply by some weights, or by none that are left."""
+    """The nodes of an OpenVINO graph that multiply by some weights."""
     found = []
     for node in model.get_ordered_ops():
         if node.get_type_name() in ("MatMul", "Convolution"):
             sources = [port.get_source_output().get_node() for port in node.inputs()]
-            if any(one.get_type_name() == "Constant" and _stays(one.data, weights) for one in sources):
+            if any(one.get_type_name() == "Constant" and _same(one.data, weights) for one in sources):
                 found.append(node.get_friendly_name())
     return found

@@ -352,7 +352,9 @@ def _ways(folder: Path, config: Any, name: str) -> list[dict[str, str]]:
     auto = _AUTO.get(_pipeline(config) or "", "AutoModel")
     plain = f"from transformers import {auto}\n"
     if (folder / ADAPTER_FILE).is_file():
-        text = "With transformers and peft, which find the model that the adapter belongs to, once hfcompress is imported:"
+        text = (
+            "With transformers and peft, which find the model that the adapter belongs to, once hfcompress is imported:"
+        )
         return [{"text": text, "code": f'import hfcompress\n{plain}model = {auto}.from_pretrained("{name}")'}]
     if not (folder / MODELING_FILE).is_file():
         if is_4bit(config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -186,4 +187,47 @@ def save_sensitivity_picture(
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("divergence from the whole model, nats per example")
     figure.axes[-1].legend(fontsize=7, frameon=False, ncols=1 + len(layers) // 16)
+    figure.savefig(path, dpi=150)
+
+
+def save_bits_picture(
+    losses: Mapping[str, Mapping[str, float]],
+    path: str | Path,
+    *,
+    chosen: Mapping[str, str] | None = None,
+    title: str = "What each layer loses in each format",
+) -> None:
+    """Loss of each layer in each format as a PNG: a heat map of layers and formats, what was chosen with a frame.
+
+    Args:
+        losses: Name of each layer to name of each format to loss, all with the same formats.
+        path: File to write.
+        chosen: Name of each layer to the format it gets.
+        title: Above the map.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    names, formats = list(losses), list(dict.fromkeys(form for layer in losses.values() for form in layer))
+    seen = [loss for layer in losses.values() for loss in layer.values() if loss > 0] or [1e-6]
+    values = [[max(losses[name][form], min(seen)) for form in formats] for name in names]
+    figure = Figure(figsize=(3.6 + 0.75 * len(formats), 1.6 + 0.17 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots()
+    norm = LogNorm(min(seen), max(max(seen), 1.001 * min(seen)))
+    image = axes.imshow(values, aspect="auto", cmap="viridis", norm=norm)
+    for row, name in enumerate(names):
+        if chosen is not None:
+            column = formats.index(chosen[name])
+            axes.add_patch(Rectangle((column - 0.46, row - 0.42), 0.92, 0.84, fill=False, edgecolor="#ff4d4d", lw=1.5))
+    parts = list(zip(*(name.split(".")[:-1] for name in names), strict=False))
+    prefix = ".".join(part[0] for part in takewhile(lambda part: len({*part}) == 1, parts))
+    axes.set_yticks(range(len(names)), [name.removeprefix(f"{prefix}.") for name in names], fontsize=6)
+    axes.set_xticks(range(len(formats)), formats, fontsize=7, rotation=30)
+    axes.set_ylabel(f"layers of {prefix}" if prefix else "layer", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 30 / len(names) + 0.2))
+    bar.set_label("divergence from the whole model, nats per example", fontsize=8)
     figure.savefig(path, dpi=150)

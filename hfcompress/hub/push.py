@@ -61,7 +61,9 @@ def push_folder(
     base, about = base_of(folder), {}
     if base is not None and Path(base).is_dir():
         below = repo.removesuffix("-adapter") if repo.endswith("-adapter") else f"{repo}-base"
-        base = push_folder(base, below, private=private, revision=revision, token=token, message=message).repo_url.repo_id
+        base = push_folder(
+            base, below, private=private, revision=revision, token=token, message=message
+        ).repo_url.repo_id
     if base is not None:
         about = {"base_model": base, "base_model_relation": "adapter", "library_name": "peft"}
     # What cannot be carded must not leave an empty repository behind.

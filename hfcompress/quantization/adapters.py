@@ -186,7 +186,9 @@ def add_adapters(
     if init not in ("loftq", "lora"):
         raise ValueError(f"init {init!r} is not known; allowed: loftq, lora")
     if init == "loftq" and full is None:
-        raise ValueError("init: loftq starts from what quantization took away; pass full, the model in float, or set init to lora")
+        raise ValueError(
+            "init: loftq starts from what quantization took away; pass full, the model in float, or set init to lora"
+        )
     names = _chosen(model, targets)
     started = {}
     for name in names if full is not None and init == "loftq" else ():
@@ -334,7 +336,9 @@ def _to_float(model: nn.Module) -> int:
     adapted: list[str] = []
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
-            raise ValueError(f"{name} has an adapter of the kind {type(layer).__name__}, and only those of LoRA are merged")
+            raise ValueError(
+                f"{name} has an adapter of the kind {type(layer).__name__}, and only those of LoRA are merged"
+            )
         inside = any(name.startswith(f"{other}.") for other in adapted)
         if isinstance(layer, LoraLayer):
             base = layer.get_base_layer()

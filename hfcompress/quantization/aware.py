@@ -11,9 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.calibration import linear_weight
-from hfcompress.quantization.calibrated import Rounded
 from hfcompress.quantization.fitting import Fit
-from hfcompress.quantization.formats import Format, format_of
+from hfcompress.quantization.formats import Format, Rounded, format_of
 
 _COARSE = 4  # bits; below, a range that reaches to the largest weight loses more than one that does not
 
@@ -115,7 +114,9 @@ def make_aware(model: nn.Module, formats: Mapping[str, str | None]) -> None:
         module = model.get_submodule(name)
         form = None if written is None else format_of(written)
         if form is not None and form.scheme.kind == "codebook":
-            raise ValueError("a codebook is found once, after training; train with an int scheme of as many bits, or none")
+            raise ValueError(
+                "a codebook is found once, after training; train with an int scheme of as many bits, or none"
+            )
         if not isinstance(module, AwareLinear | AwareConv1D):
             if type(module) not in _AWARE:
                 raise ValueError(f"{name} is a {type(module).__name__}, not a plain linear layer")

@@ -197,9 +197,9 @@ def assign_bits(costs: Costs, *, max_bytes: float | None = None, max_loss: float
     chosen = solve_exactly(groups, budget)
     if chosen is None:
         least = sum(min(option.cost for option in group) for group in groups)
-        what = "bytes" if max_loss is None else "nats"
+        unit, verb = ("bytes", "take") if max_loss is None else ("nats", "lose")
         raise ValueError(
-            f"{budget:,.6g} {what} are too few: these formats take at least {least:,.6g}; allow more, or other formats"
+            f"{budget:,.6g} {unit} are too few: these formats {verb} at least {least:,.6g}; allow more, or other formats"
         )
     pairs = zip(costs, chosen, strict=True)
     return {name: option.value for name, option in pairs if option.value not in FLOATS}

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,33 +15,14 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.calibration import Batch, LayerWalk, Moments, linear_weight, real_tokens
-from hfcompress.checkpoints.grids import Grid
 from hfcompress.quantization.fitting import Fit
-from hfcompress.quantization.formats import Format, format_of
+from hfcompress.quantization.formats import Rounded, format_of
+from hfcompress.quantization.kept import KeptLayers
 from hfcompress.quantization.rounding import Sweep, round_columns
 
 logger = logging.getLogger(__name__)
 
 _DAMPING = 0.01
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """The weights of one linear layer on a grid.
-
-    Attributes:
-        format: How they are written.
-        grid: The numbers they may take.
-        codes: Which of them each takes, uint8, shape (outputs, inputs).
-    """
-
-    format: Format
-    grid: Grid
-    codes: torch.Tensor
-
-    def weight(self) -> torch.Tensor:
-        """The weights, float32, shape (outputs, inputs)."""
-        return self.grid.decode(self.codes)
 
 
 @dataclass
@@ -96,6 +78,7 @@ def round_on_data(
     fit: Fit = "mse",
     damping: float = _DAMPING,
     by_activation: bool = True,
+    keep: str | Path | None = None,
 ) -> dict[str, Rounded]:
     """Second-order rounding on sample data, layer by layer, in place.
 
@@ -111,17 +94,33 @@ def round_on_data(
         fit: How the grids are fitted; "mse" weighs errors by the second moments of the inputs.
         damping: Share of the mean second moment that is added to each.
         by_activation: Round the inputs with the largest second moment first.
+        keep: A folder where each rounded transformer layer is kept, so that a run that was stopped goes on there; None keeps none.
 
     Returns:
         The layers, by name.
+
+    Raises:
+        ValueError: A format is not known, or `keep` holds the layers of another run.
     """
+    kept = None
+    if keep is not None:
+        settings = {"formats": dict(formats), "fit": fit, "damping": damping, "by_activation": by_activation}
+        kept = KeptLayers(keep, model, batches, settings)
     walk = LayerWalk(model, batches)
     rounded: dict[str, Rounded] = {}
     for step, (label, layer) in enumerate(tqdm(walk.steps, desc="rounding", unit="layer", delay=2)):
         inside = _inside(model, layer, formats)
         walk.enter(step)
-        for group in _look(walk, step, inside):
-            rounded |= _round_group(inside, group, formats, fit, damping, by_activation)
+        done = kept.read(step, next(model.parameters()).device) if kept is not None else None
+        if done is None:
+            done = {}
+            for group in _look(walk, step, inside):
+                done |= _round_group(inside, group, formats, fit, damping, by_activation)
+            if kept is not None:
+                kept.write(step, done)
+        for name, layer_rounded in done.items():
+            _set_weight(inside[name], layer_rounded.weight())
+        rounded |= done
         logger.debug("rounded %s", label)
         walk.leave(step)
     rest = {name: written for name, written in formats.items() if name not in rounded}
@@ -186,7 +185,6 @@ def _round_group(
         weight = linear_weight(linear).float()
         grid = form.fit(weight, fit=fit, importance=moment.diagonal().float())
         rounded[name] = Rounded(form, grid, round_columns(weight, grid, sweep))
-        _set_weight(linear, rounded[name].weight())
     return rounded
 
 

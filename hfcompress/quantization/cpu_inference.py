@@ -58,7 +58,9 @@ def pack_for_cpu(model: nn.Module) -> Packed:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers in 4 bits; quantize it with nf4 or fp4 first")
     if model.training:
-        raise ValueError("the model is in training mode, and packed weights are for inference only; call model.eval() first")
+        raise ValueError(
+            "the model is in training mode, and packed weights are for inference only; call model.eval() first"
+        )
     packed, left = [], {}
     for name, module in layers.items():
         reason = _why_not(module)
@@ -123,4 +125,6 @@ def _unpack(module: Any) -> None:
 
 def _refuse_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> None:  # noqa: ARG001
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
-        raise ValueError("packed weights pass no gradients; call unpack_for_cpu(model) before training, or use torch.no_grad()")
+        raise ValueError(
+            "packed weights pass no gradients; call unpack_for_cpu(model) before training, or use torch.no_grad()"
+        )

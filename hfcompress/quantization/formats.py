@@ -26,11 +26,13 @@ class NestedGrid(Grid):
     """A grid whose scales are written in 8 bits themselves, as bitsandbytes does it (double quantization).
 
     Attributes:
+        whole_scale: The scales before that, shape (blocks,).
         scale_codes: uint8, one per block.
         scale_state: How bitsandbytes reads them.
         scale_mean: What was taken from the scales before; a scalar.
     """
 
+    whole_scale: torch.Tensor
     scale_codes: torch.Tensor
     scale_state: Any
     scale_mean: torch.Tensor
@@ -57,6 +59,10 @@ class Format:
         """The grid for a matrix of shape (outputs, inputs); see `fit_grid`. Its scales are those that will be read from disk."""
         dtype = torch.float32 if self.bitsandbytes else SCALE_DTYPE
         grid = fit_grid(weight, self.scheme, fit=fit, importance=importance, scale_dtype=dtype)
+        return self.as_read(grid)
+
+    def as_read(self, grid: Grid) -> Grid:
+        """A grid with the scales that will be read from disk, in the place of those that were fitted."""
         return _nested(grid) if self.name.endswith("-dq") else grid
 
     def size_bytes(self, outputs: int, inputs: int) -> int:
@@ -135,6 +141,25 @@ class Format:
         return layer
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """The weights of one linear layer on a grid.
+
+    Attributes:
+        format: How they are written.
+        grid: The numbers they may take.
+        codes: Which of them each takes, uint8, shape (outputs, inputs).
+    """
+
+    format: Format
+    grid: Grid
+    codes: torch.Tensor
+
+    def weight(self) -> torch.Tensor:
+        """The weights, float32, shape (outputs, inputs)."""
+        return self.grid.decode(self.codes)
+
+
 def format_of(name: str) -> Format:
     """A format by its name.
 
@@ -170,7 +195,7 @@ def _nested(grid: Grid) -> NestedGrid:
     codes, state = functional.quantize_blockwise(grid.scale - mean, blocksize=_NESTED_BLOCK)
     scale = functional.dequantize_blockwise(codes, state) + mean
     plain = replace(grid, scale=scale)
-    return NestedGrid(**vars(plain), scale_codes=codes, scale_state=state, scale_mean=mean)
+    return NestedGrid(**vars(plain), whole_scale=grid.scale, scale_codes=codes, scale_state=state, scale_mean=mean)
 
 
 def _int8_layer(grid: Grid, codes: torch.Tensor) -> Any:

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from hfcompress.checkpoints.quantizer import BITSANDBYTES, PackedConfig
 from hfcompress.checkpoints.record import add_step
-from hfcompress.quantization.calibrated import Rounded
+from hfcompress.quantization.formats import Rounded
 from hfcompress.quantization.presets import make_config, modules_to_skip
 
 

@@ -456,9 +456,7 @@ class Run:
             self._mark_done(target.name)
         self.state.wait_for_everyone()
 
-    def _recover(
-        self, folder: Path, preset: str, target: Path, config: RecoverConfig, task: PreparedTask
-    ) -> Path:
+    def _recover(self, folder: Path, preset: str, target: Path, config: RecoverConfig, task: PreparedTask) -> Path:
         """Adapters for a quantized model that bring it nearer to what the student learned from."""
         adapter, base = self.output / f"{target.name}-adapter", target
         if self._is_done(adapter.name):
@@ -468,7 +466,9 @@ class Run:
             self._quantize(folder, preset, base, config)
         self._say(f"Training adapters on {base.name}")
         recipe = Recipe(
-            distill=config.distill or self.recipe.distill or DistillConfig(), data=self.recipe.data, teacher=self.recipe.teacher
+            distill=config.distill or self.recipe.distill or DistillConfig(),
+            data=self.recipe.data,
+            teacher=self.recipe.teacher,
         )
         checkpoints = self.output / f"{adapter.name}-checkpoints"
 

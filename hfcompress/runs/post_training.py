@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from hfcompress.pruning import (
     measure_sensitivity,
     rank_units,
 )
+from hfcompress.quantization.bits import FLOATS, BitCost, By, bit_costs, format_for, size_bytes
 from hfcompress.runs.evaluation import device_of, measure_folders
 from hfcompress.runs.examples import Examples, drop, read_examples
 from hfcompress.runs.processors import copy_processor
@@ -280,3 +281,28 @@ def sensitivity_of(
     examples = read_examples(model, source, data, samples=criterion.samples, seed=seed)
     curves = rank_units(model, criterion.name, examples.batches, seed=seed)
     return measure_sensitivity(model, examples.batches, curves), measure_layers(model, examples.batches)
+
+
+def bit_costs_of(
+    source: str, bits: Sequence[str], data: DataConfig, *, by: By, samples: int, measure: MeasureConfig, seed: int
+) -> tuple[dict[str, dict[str, BitCost]], int]:
+    """What each linear layer of a saved model costs in each format, and the bytes of all that is not quantized.
+
+    Args:
+        source: Folder or Hub repository of the model.
+        bits: Numbers of bits or names of formats: see `format_for`.
+        data: Where the examples are.
+        by: See `bit_costs`.
+        samples: Examples to look at.
+        measure: The device.
+        seed: Of the choice of examples, and of what is drawn.
+
+    Raises:
+        ValueError: The model is quantized, or a format is not known.
+    """
+    model, dtype = _open(source, measure)
+    kept = str(dtype).removeprefix("torch.")
+    examples = read_examples(model, source, data, samples=samples, seed=seed)
+    costs = bit_costs(model, examples.batches, [format_for(each, kept=kept) for each in bits], by=by, seed=seed)
+    everything = FLOATS[kept] * sum(parameter.numel() for parameter in model.parameters())
+    return costs, everything - sum(size_bytes(model.get_submodule(name), kept) for name in costs)

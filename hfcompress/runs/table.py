@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfcompress.measurement.metrics import PERCENTAGES
 from hfcompress.pruning import LayerSensitivity, Sensitivity
+from hfcompress.quantization.bits import Costs, total_cost
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
@@ -85,3 +86,46 @@ def format_sensitivities(found: Sequence[Sensitivity]) -> str:
         cells = [next((v for share, v in values.items() if abs(share - column) <= 0.05), None) for column in columns]
         lines.append(f"{label:<{width}}" + "".join(f"{'' if v is None else f'{v:.4f}':>10}" for v in cells))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def format_bits(costs: Costs, chosen: Mapping[str, str] | None, *, rest_bytes: int) -> str:
+    """What each layer loses and takes in each format, and all of them together, as an aligned table.
+
+    Args:
+        costs: From `bit_costs`.
+        chosen: Name of each layer to its format, also of those that are not quantized, which is marked; None if none was chosen.
+        rest_bytes: Of what is not quantized.
+
+    Example:
+        >>> from hfcompress.quantization.bits import BitCost
+        >>> costs = {"key": {"float16": BitCost(0.0, 200_000), "int8": BitCost(0.125, 110_000)}}
+        >>> print(format_bits(costs, {"key": "int8"}, rest_bytes=1_000_000))
+        nats per example, kB      float16                int8
+        key                             0    200.0   1.25e-01    110.0*
+        <BLANKLINE>
+        together                  nats expected   MB of the model
+        all float16                           0              1.20
+        all int8                       1.25e-01              1.11
+        as marked                      1.25e-01              1.11
+    """
+    formats = list(next(iter(costs.values())))
+    totals = [(f"all {form}", total_cost(costs, form)) for form in formats]
+    if chosen is not None:
+        totals.append(("as marked", total_cost(costs, chosen)))
+    width = max([len("nats per example, kB"), *map(len, costs), *(len(label) for label, _ in totals)])
+    lines = [f"{'nats per example, kB':<{width}}" + "".join(f"   {'':<3}{form:<15}" for form in formats)]
+    for name, layer in costs.items():
+        cells = [
+            f"   {_loss(cost.loss):>8} {cost.size_bytes / 1e3:>8.1f}"
+            f"{'*' if chosen is not None and chosen[name] == form else ' '}"
+            for form, cost in layer.items()
+        ]
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    lines += ["", f"{'together':<{width}}   {'nats expected':>15}   {'MB of the model':>15}"]
+    for label, total in totals:
+        lines.append(f"{label:<{width}}   {_loss(total.loss):>15}   {(total.size_bytes + rest_bytes) / 1e6:>15.2f}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.2e}" if loss else "0"

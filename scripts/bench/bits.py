@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--text", default=None, help="column of text")
     parser.add_argument("--image", default=None, help="column of images")
     parser.add_argument("--label", default=None, help="column of labels")
-    parser.add_argument("--samples", type=int, default=None, help="examples, half of them to score on (1024; smollm2 32)")
+    parser.add_argument(
+        "--samples", type=int, default=None, help="examples, half of them to score on (1024; smollm2 32)"
+    )
     parser.add_argument("--length", type=int, default=None, help="tokens of an example (64; smollm2 256)")
     parser.add_argument("--by", default="fisher", choices=["fisher", "divergence"], help="how costs are found")
     parser.add_argument("--seed", type=int, default=0)
@@ -154,7 +156,7 @@ def measured(model: Any, formats: dict[str, str], batches: list[dict[str, Any]])
         inputs = to_device(batch, model)
         before, after = model(**inputs), student(**inputs)
         mask = prediction_mask(before, inputs)
-        total = divergence(before, after, mask=mask, problem_type=model.config.problem_type)
+        total = divergence(before, after, mask=mask, problem_type=getattr(model.config, "problem_type", None))
         lost.append(float(total) / count_examples(inputs))
     return np.array(lost)
 

@@ -56,7 +56,7 @@ def test_names_that_are_none(name):
 
 
 def test_how_much_is_looked_at():
-    print(len(NAMES), len(WRONG), len({*WRONG})); assert 0
+    assert len(NAMES) == 36 and len(WRONG) == len({*WRONG}) == 35
 
 
 def test_levels_by_hand():

@@ -32,7 +32,7 @@ from tests.families import choose_units, make_inputs, make_model, predictions, r
 # One of each kind, and layouts whose blocks run on from row to row.
 SCHEMES = [
     *("int2", "int3", "int4-g32-asym", "int5-tensor", "int6-channel", "int7-g48", "int8-g64", "int8-channel-asym"),
-    *("fixed2", "fixed8-channel", "codebook1", "codebook3", "codebook8", "nf4", "fp4-channel", "ternary", "binary"),
+    *("fixed2", "fixed8-channel", "codebook1", "codebook3", "codebook8", "nf4-g64", "fp4-channel", "ternary", "binary"),
 ]
 MIXED = ("nf4-dq", "int8", "int3", None, "ternary", "fp4")
 FAMILIES = ("bert", "vit", "gpt2", "llama", "t5", "bart")
@@ -173,7 +173,7 @@ BITS = {
     "int4-channel-asym": 4 + 2 * 16 / 640,
     "fixed4": 4 + 16 / 640_000,
     "codebook4": 4 + 16 * 17 / 640_000,  # sixteen levels and a scale
-    "nf4": 4 + 16 / 64,
+    "nf4-g64": 4 + 16 / 64,  # without -g64 it is that of bitsandbytes
     "fp4-g128": 4 + 16 / 128,
     "ternary": 8 / 5 + 16 / 64,
     "ternary-channel": 8 / 5 + 16 / 640,
@@ -339,18 +339,18 @@ def test_a_config_that_is_wrong(changes, message, tmp_path):
 def test_another_scheme_than_was_written(tmp_path):
     model, _, chosen = quantized("bert", "int3")
     model.save_pretrained(tmp_path)
-    for wrong in ("int4", "int3-g32", "nf4"):  # as many bytes as none of them
+    for wrong in ("int4", "int3-g32"):
         edited(tmp_path, modules=chosen | {LAYER: wrong})
         with pytest.raises(RuntimeError, match="mismatch|above report"):
             hfcompress.load(tmp_path)
 
 
 def test_nothing_of_another_architecture(tmp_path):
-    with pytest.raises(ValueError, match=r"^config.json says that bert.encoder.layer.0.attention.self.query is quantized"):
+    with pytest.raises(ValueError, match=r"^config.json says that distilbert.encoder.layer.0.attention.self.query is quantized"):
         model, _, _ = quantized("bert", "int3")
         model.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
-        edited(tmp_path, modules={"bert." + key: value for key, value in config["quantization_config"]["modules"].items()})
+        edited(tmp_path, modules={"distil" + key: value for key, value in config["quantization_config"]["modules"].items()})
         transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 
@@ -405,37 +405,52 @@ def test_adapters_on_packed_layers_are_refused():
 
 _FRESH = """
 import json, sys
-way, folder, auto = sys.argv[1:]
-if way != "none":
+if sys.argv[1] == "with":
     import hfcompress
 import torch, transformers
 torch.set_num_threads(1)
-if way == "load":
-    model = hfcompress.load(folder)
-else:
-    model = getattr(transformers, auto).from_pretrained(folder)
-expected = torch.load(folder + "/expected.pt")
-with torch.no_grad():
-    logits = model(**expected["inputs"]).logits
-print(json.dumps(float((logits - expected["logits"]).abs().max())))
+found = []
+for way, folder, auto in zip(sys.argv[2::3], sys.argv[3::3], sys.argv[4::3]):
+    if way == "load":
+        model = hfcompress.load(folder)
+    else:
+        model = getattr(transformers, auto).from_pretrained(folder)
+    expected = torch.load(folder + "/expected.pt")
+    with torch.no_grad():
+        logits = model(**expected["inputs"]).logits
+    found.append(float((logits - expected["logits"]).abs().max()))
+print(json.dumps(found))
 """
 
 
-def run_fresh(way, folder, auto):
+def run_fresh(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", _FRESH, way, str(folder), auto]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", _FRESH, *map(str, arguments)],
+        env=environment,
+        cwd=arguments[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-@pytest.mark.parametrize(("name", "formats", "way"), [("bert", MIXED, "import"), ("gpt2", "int3", "load"), ("vit", "int3", "none")])
-def test_in_a_process_of_its_own(name, formats, way, tmp_path):
-    model, inputs, _ = quantized(name, formats, pattern=None if way == "none" else "both")
-    model.save_pretrained(tmp_path)
-    torch.save({"inputs": dict(inputs), "logits": run_model(model, inputs)["logits"]}, tmp_path / "expected.pt")
-    done = run_fresh(way, tmp_path, task_class(name))
-    if way == "none":  # not a model whose weights are drawn at random
-        assert done.returncode != 0 and "RuntimeError" in done.stderr and "got hfcompress" in done.stderr
-        assert "MISMATCH" in done.stderr and not done.stdout
-        return
+def test_in_a_process_of_its_own(tmp_path):
+    arguments = []
+    for name, formats, way in [("bert", MIXED, "plain"), ("gpt2", "int3", "load"), ("vit", ("int3", "int8"), "plain")]:
+        model, inputs, _ = quantized(name, formats, pattern="both")
+        model.save_pretrained(tmp_path / name)
+        expected = {"inputs": dict(inputs), "logits": run_model(model, inputs)["logits"]}
+        torch.save(expected, tmp_path / name / "expected.pt")
+        arguments += [way, tmp_path / name, task_class(name)]
+    done = run_fresh("with", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == 0.0
+    assert json.loads(done.stdout.splitlines()[-1]) == [0.0, 0.0, 0.0]
+
+
+def test_without_hfcompress_there_is_an_error(tmp_path):
+    """Not a model whose weights are drawn at random."""
+    quantized("vit", ("int3", None))[0].save_pretrained(tmp_path)
+    done = run_fresh("without", "plain", tmp_path, task_class("vit"))
+    assert done.returncode != 0 and not done.stdout and "Unknown quantization type, got hfcompress" in done.stderr
+    assert "MISMATCH" in done.stderr and "RuntimeError" in done.stderr.splitlines()[-1]

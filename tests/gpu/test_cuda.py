@@ -17,7 +17,8 @@ from hfcompress.anatomy import find_sites
 from hfcompress.measurement import compare_latency, example_inputs, memory_bytes
 from hfcompress.pruning import Gates, Plan, cut
 from hfcompress.quantization import PRESETS
-from tests.families import CONFIGS, make_inputs, make_model, predictions
+from tests.families import CONFIGS, make_inputs, make_model, predictions, task_class
+from tests.quantization.test_quantize import by_hand, quantized_modules, relative
 
 pytestmark = pytest.mark.gpu
 
@@ -75,6 +76,98 @@ def test_quantized_model_saves_and_reloads(name: str, auto: str, preset: str, pr
     again = hfcompress.load(tmp_path / "small")
     torch.testing.assert_close(outputs(again, inputs), first, rtol=1e-3, atol=1e-3)
     assert memory_bytes(again) == memory_bytes(quantized)
+
+
+@pytest.mark.parametrize("preset", ["int8", "nf4-dq"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("falcon")])
+def test_every_family_is_quantized_and_reloads(name: str, preset: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, inputs = make_model(name, task_class(name)), make_inputs(name, task_class(name))
+    model.save_pretrained(tmp_path / "full")
+    quantized = hfcompress.quantize(tmp_path / "full", preset)
+    assert quantized_modules(quantized) and {p.device.type for p in quantized.parameters()} == {"cuda"}
+    first = outputs(quantized, inputs)
+    reference = by_hand(tmp_path / "full", quantized_modules(quantized), preset).cuda()
+    assert relative(first, outputs(reference, inputs)) < 0.1
+    quantized.save_pretrained(tmp_path / "small")
+    torch.testing.assert_close(outputs(hfcompress.load(tmp_path / "small"), inputs), first, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+def test_storage_that_fsdp_shards(storage: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, inputs = make_model("llama", "AutoModelForCausalLM"), make_inputs("llama")
+    model.save_pretrained(tmp_path / "full")
+    small = hfcompress.quantize(tmp_path / "full", "nf4-dq", dtype=storage, storage=storage)
+    assert {p.dtype for p in small.parameters()} == {getattr(torch, storage)}
+    first = outputs(small, inputs)
+    small.save_pretrained(tmp_path / "small")
+    torch.testing.assert_close(outputs(hfcompress.load(tmp_path / "small"), inputs), first, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["int8", "nf4-dq"])
+def test_adapters_recover_save_reload_and_merge(preset: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    from hfcompress.quantization import merge_adapter
+    from tests.quantization.recovering import adapters_of, make_trainer
+    from tests.training.scenarios import Examples, build
+
+    build("bert", "sequence", seed=7, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "full")
+    options = {"use_cpu": False, "max_steps": 8, "save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps"}
+    options |= {"eval_steps": 4, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    trainer = make_trainer(tmp_path, preset, tmp_path / "run", **options)
+    start = adapters_of(trainer.model).clone()
+    trainer.train()
+    assert next(trainer.model.parameters()).is_cuda and not torch.equal(adapters_of(trainer.model), start)
+    inputs = {
+        name: value for name, value in Examples("bert", "sequence", 8).batch(*range(8)).items() if name != "labels"
+    }
+    got = outputs(trainer.model.eval(), inputs)
+    again = hfcompress.load(trainer.state.best_model_checkpoint)  # the best was loaded at the end
+    torch.testing.assert_close(outputs(again.eval(), inputs), got, rtol=1e-3, atol=1e-3)
+    trainer.save_model(str(tmp_path / "adapter"))
+    merged = merge_adapter(tmp_path / "adapter").cuda()
+    # Of int8 each layer's inputs are no longer rounded; in 4 bits kernels add up in another order.
+    assert relative(outputs(merged, inputs), got) < (0.1 if preset == "int8" else 1e-2)
+    resumed = make_trainer(tmp_path, preset, tmp_path / "again", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    best = [state.state.best_model_checkpoint.rpartition("-")[2] for state in (trainer, resumed)]
+    if best[0] == best[1]:
+        torch.testing.assert_close(adapters_of(resumed.model), adapters_of(trainer.model), rtol=1e-3, atol=1e-4)
+
+
+def test_a_base_is_quantized_around_its_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    from hfcompress.quantization import add_adapters, refit_weights
+
+    model, inputs = make_model("llama", "AutoModelForCausalLM"), make_inputs("llama")
+    model.save_pretrained(tmp_path / "full")
+    for preset in ("int8", "nf4"):
+        small = hfcompress.quantize(tmp_path / "full", preset)
+        plain = outputs(small, inputs)
+        refit_weights(small, model, rank=8, iterations=3)
+        assert not torch.equal(outputs(small, inputs), plain)
+        small.save_pretrained(tmp_path / preset)
+        adapted = add_adapters(hfcompress.load(tmp_path / preset), model, rank=8).eval()
+        assert next(adapted.parameters()).is_cuda
+        adapted.save_pretrained(tmp_path / f"{preset}-adapter")
+        again = hfcompress.load(tmp_path / f"{preset}-adapter")
+        torch.testing.assert_close(outputs(again, inputs), outputs(adapted, inputs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("preset", ["int8", "nf4-dq"])
+def test_layers_are_spread_over_two_gpus(preset: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, inputs = make_model("llama", "AutoModelForCausalLM", num_hidden_layers=8), make_inputs("llama")
+    model.save_pretrained(tmp_path / "full")
+    one = outputs(hfcompress.quantize(tmp_path / "full", preset), inputs)
+    small = hfcompress.quantize(tmp_path / "full", preset, device_map="balanced")
+    assert len({p.device.index for p in small.parameters()}) == 2
+    assert len(quantized_modules(small)) == 7 * 8
+    torch.testing.assert_close(outputs(small, inputs), one, rtol=1e-3, atol=1e-3)
 
 
 def test_generation_with_uneven_groups() -> None:

@@ -182,4 +182,4 @@ def test_of_large_vocabularies_only_the_last_position_is_kept(tmp_path):
 
 
 def test_every_route_has_a_name():
-    assert list(ROUTES) == ["load", "auto", "remote", "plain"]
+    assert list(ROUTES) == ["load", "auto", "remote", "plain", "peft"]

@@ -32,7 +32,7 @@ def make_trainer(folder: Path, preset: str, output: Path, *, model: Any = None, 
         model=student(folder, preset) if model is None else model,
         teacher=hfcompress.load(folder / "full"),
         recipe=recipe(parts=("distill",), distill={"task": {"weight": 0.0}, "logits": {"weight": 1.0}}),
-        args=arguments(output, **{"learning_rate": 1e-2, **settings}),
+        args=arguments(output, **{"learning_rate": 1e-3, "per_device_train_batch_size": 16, **settings}),
         train_dataset=data,
         eval_dataset=data,
     )

@@ -22,7 +22,15 @@ from hfcompress.pruning import Plan, cut
 from hfcompress.quantization import PRESETS, add_adapters, loftq, merge_adapter, quantize, refit_weights
 from hfcompress.quantization.adapters import low_rank, round_weight
 from tests.families import choose_units, make_inputs, make_model, predictions, run_model, task_class
-from tests.quantization.test_quantize import FP4, NF4, by_hand, quantized_modules, relative, rounded_in_blocks, rounded_in_rows
+from tests.quantization.test_quantize import (
+    FP4,
+    NF4,
+    by_hand,
+    quantized_modules,
+    relative,
+    rounded_in_blocks,
+    rounded_in_rows,
+)
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -107,7 +115,13 @@ def saved(folder, name="bert", *, pruned=False):
 
 @pytest.mark.parametrize(
     ("name", "preset", "pruned"),
-    [("bert", "nf4-dq", True), ("bert", "int8", False), ("gpt2", "nf4", False), ("t5", "fp4-dq", False), ("vit", "int8", True)],
+    [
+        ("bert", "nf4-dq", True),
+        ("bert", "int8", False),
+        ("gpt2", "nf4", False),
+        ("t5", "fp4-dq", False),
+        ("vit", "int8", True),
+    ],
 )
 def test_save_reload_and_merge(name, preset, pruned, tmp_path):
     full, inputs = saved(tmp_path, name, pruned=pruned), make_inputs(name)
@@ -221,7 +235,10 @@ def test_starting_at_zero_changes_nothing(tmp_path):
     [
         ({"init": "pissa"}, "init 'pissa' is not known; allowed: loftq, lora"),
         ({}, "init: loftq starts from what quantization took away; pass full, the model in float, or set init to lora"),
-        ({"init": "lora", "targets": ["querry"]}, "targets names 'querry', which is no linear layer of BertForSequence"),
+        (
+            {"init": "lora", "targets": ["querry"]},
+            "targets names 'querry', which is no linear layer of BertForSequence",
+        ),
     ],
 )
 def test_what_is_refused(options, message, tmp_path):
@@ -235,9 +252,13 @@ def test_what_is_refused(options, message, tmp_path):
 def test_models_that_do_not_fit(tmp_path, monkeypatch):
     full = saved(tmp_path)
     small = quantize(tmp_path / "full", "nf4")
-    with pytest.raises(ValueError, match=r"is \(32, 32\) in the full model and \(64, 64\) in the quantized one; pass the model that"):
+    with pytest.raises(
+        ValueError, match=r"is \(32, 32\) in the full model and \(64, 64\) in the quantized one; pass the model that"
+    ):
         add_adapters(small, make_model("bert", task_class("bert")))
-    with pytest.raises(ValueError, match=r"the full model has no bert.encoder.layer.0.* pass the model that was quantized"):
+    with pytest.raises(
+        ValueError, match=r"the full model has no bert.encoder.layer.0.* pass the model that was quantized"
+    ):
         add_adapters(small, make_model("vit", task_class("vit")))
     with pytest.raises(ValueError, match="BertForSequenceClassification has no quantized layers to put adapters on"):
         add_adapters(full, full)

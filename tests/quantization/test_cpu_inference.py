@@ -42,7 +42,9 @@ def test_outputs_stay_but_for_bfloat16_and_unpacking_is_exact(folder, preset, tm
     before = {name: value.clone() for name, value in model.state_dict().items()}
     done = pack_for_cpu(model)
     assert list(done.left) == ["model.layers.0.mlp.down_proj"]
-    assert done.left["model.layers.0.mlp.down_proj"] == "96 inputs and 64 outputs; the kernel takes multiples of 64 and 32"
+    assert (
+        done.left["model.layers.0.mlp.down_proj"] == "96 inputs and 64 outputs; the kernel takes multiples of 64 and 32"
+    )
     assert {*done.packed, *done.left} == quantized_modules(model).keys() and len(done.packed) == 20
     assert str(done) == "packed 20 of 21 layers in 4 bits for this CPU"
     packed = predictions(run_model(model, inputs))
@@ -70,7 +72,11 @@ def test_storage_in_floats_comes_back_too(folder):
     run_model(model, inputs)
     unpack_for_cpu(model)
     after = model.state_dict()
-    assert all(torch.equal(after[name].view(torch.uint8), value.view(torch.uint8)) for name, value in before.items() if value.dim())
+    assert all(
+        torch.equal(after[name].view(torch.uint8), value.view(torch.uint8))
+        for name, value in before.items()
+        if value.dim()
+    )
     assert torch.equal(predictions(run_model(model, inputs)), first)
 
 
@@ -79,7 +85,9 @@ def test_gradients_are_refused_while_packed(folder):
     model, inputs = small(folder), make_inputs("llama")
     pack_for_cpu(model)
     model.model.embed_tokens.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"^packed weights pass no gradients; call unpack_for_cpu\(model\) before training"):
+    with pytest.raises(
+        ValueError, match=r"^packed weights pass no gradients; call unpack_for_cpu\(model\) before training"
+    ):
         model(**inputs)
     unpack_for_cpu(model)
     model(**inputs).logits.sum().backward()

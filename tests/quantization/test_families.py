@@ -61,7 +61,11 @@ def test_a_family(name, tmp_path, written):
         stay = [n for n in linear if not in_layers(n) or re.search(LEFT_INSIDE.get(name, "^$"), n)]
         assert left == stay and found
         assert read_steps(small.config)[-1]["skipped"] == sorted(stay)
-        assert {type(small.get_submodule(n)) for n in stay} <= {nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear}
+        assert {type(small.get_submodule(n)) for n in stay} <= {
+            nn.Linear,
+            Conv1D,
+            nn.modules.linear.NonDynamicallyQuantizableLinear,
+        }
         for n in stay:
             assert torch.equal(small.get_submodule(n).weight, model.get_submodule(n).weight), n
         got = predictions(run_model(small, inputs))
@@ -103,7 +107,12 @@ def test_a_fresh_process_gives_the_same_logits(written, tmp_path):
         pytest.skip("needs all of test_a_family in this process")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", _LOAD, *folders], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _LOAD, *folders],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -180,7 +189,9 @@ def test_the_threshold_of_int8(tmp_path):
     full, errors = predictions(run_model(model, inputs)), {}
     for threshold in (None, 0.0, 1e-3):
         small = quantize(tmp_path / "full", "int8", threshold=threshold)
-        assert {m.state.threshold for m in quantized_modules(small).values()} == {6.0 if threshold is None else threshold}
+        assert {m.state.threshold for m in quantized_modules(small).values()} == {
+            6.0 if threshold is None else threshold
+        }
         got = predictions(run_model(small, inputs))
         errors[threshold] = relative(got, full)
         small.save_pretrained(tmp_path / str(threshold))
@@ -195,7 +206,11 @@ def test_the_threshold_of_int8(tmp_path):
         ("int8", {"storage": "bfloat16"}, "storage is of the 4-bit presets, and int8 is stored as int8; leave it out"),
         ("nf4", {"threshold": 3.0}, "threshold is of int8, and nf4 has none; leave it out"),
         ("nf4", {"storage": "uint8"}, "storage 'uint8' is not known; allowed: auto, float32, bfloat16, float16"),
-        ("nf4", {"compute_dtype": "int8"}, "compute_dtype 'int8' is not known; allowed: auto, float32, bfloat16, float16"),
+        (
+            "nf4",
+            {"compute_dtype": "int8"},
+            "compute_dtype 'int8' is not known; allowed: auto, float32, bfloat16, float16",
+        ),
         (
             "nf4",
             {"device_map": {"bert": 0, "classifier": "cpu"}},

@@ -58,7 +58,9 @@ def test_training_brings_the_teacher_nearer_and_checkpoints_go_on_exactly(preset
     frozen = {name: value.clone() for name, value in small.state_dict().items()}
     before = divergence(trainer.model, full)
     trainer.train()
-    assert divergence(trainer.model, full) < 0.5 * before and before < 2 * divergence(small, full)
+    plain = divergence(small, full)
+    # Where nearly nothing was lost there is nearly nothing to win.
+    assert divergence(trainer.model, full) < (0.1 if preset == "nf4-dq" else 0.9) * before and before < plain
     base = trainer.model.get_base_model().state_dict()
     assert all(torch.equal(base.get(name, base.get(_inside(name))), value) for name, value in frozen.items())
     got = logits(trainer.model)
@@ -198,4 +200,6 @@ def test_a_run_recovers_and_its_adapter_goes_to_the_hub_with_its_base(finished, 
     assert (card.data.base_model, card.data.base_model_relation) == ("tester/small", "adapter")
     again = hfcompress.load("tester/small-adapter")
     assert torch.equal(run_model(again, inputs)["logits"], expected) and quantized_modules(again)
-    assert torch.equal(run_model(merge_adapter("tester/small-adapter"), inputs)["logits"].round(decimals=4), expected.round(decimals=4))
+    assert torch.equal(
+        run_model(merge_adapter("tester/small-adapter"), inputs)["logits"].round(decimals=4), expected.round(decimals=4)
+    )
