@@ -188,6 +188,16 @@ class PackedLinear(nn.Module):
         """Inputs times the decoded weights, plus bias."""
         return F.linear(inputs, self.weight.to(inputs.dtype), self.bias)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """As nn.Module, which moves and casts; but scales keep their type, or the weights would be others."""
+        kept = {name: getattr(self, name) for name in ("scale", "offset", "levels") if getattr(self, name) is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            if getattr(self, name).dtype != before.dtype:
+                setattr(self, name, before.to(getattr(self, name).device))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        return self
+
     def extra_repr(self) -> str:
         """Shape and scheme."""
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"

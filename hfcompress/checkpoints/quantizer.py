@@ -163,6 +163,7 @@ class PackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
         from transformers.integrations import dequantize_and_replace
 
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as the config has it once it was saved
         for name in unpacked(model):
             model.get_submodule(name).to(dtype=dtype)
         for preset, kind in (("int8", "Linear8bitLt"), ("nf4", "Linear4bit")):

@@ -16,7 +16,7 @@ from hfcompress.checkpoints.adapters import ADAPTER_FILE, read_config
 from hfcompress.checkpoints.portable import MODELING_FILE
 from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units
 from hfcompress.hub.picture import draw_layers, save_layers_picture
-from hfcompress.hub.verify import RouteCheck, is_4bit
+from hfcompress.hub.verify import RouteCheck, is_4bit, is_packed
 from hfcompress.measurement.metrics import PERCENTAGES
 
 RESULTS_FILE = "results.json"
@@ -317,6 +317,8 @@ def _sentence(step: dict[str, Any]) -> str:
         return _pruning_sentence(step)
     if kind == "vocabulary":
         return f"Cut the vocabulary to {step['left']:,} of {step['before']:,} tokens."
+    if kind == "quantize" and isinstance(step["layers"], dict):
+        return _rounding_sentence(step)
     if kind == "quantize":
         return (
             f"Quantized {step['layers']} linear layers with bitsandbytes ({step['preset']}); "
@@ -328,6 +330,16 @@ def _sentence(step: dict[str, Any]) -> str:
     if kind == "merge":
         return f"Merged the adapters of {step['layers']} layers into weights in float."
     raise ValueError(f"{kind} is no step of ours")
+
+
+def _rounding_sentence(step: dict[str, Any]) -> str:
+    how = "each weight to the nearest number"
+    if "optimizer_steps" in step:
+        how = f"trained with rounded weights for {step['optimizer_steps']:,} steps"
+    elif step["method"] == "second order":
+        how = f"rounded on {step['calibration_n']:,} examples, later columns making up for the error of earlier ones"
+    counts = ", ".join(f"{count} in {form}" for form, count in step["layers"].items())
+    return f"Quantized linear layers ({counts}), {how}."
 
 
 def _pruning_sentence(step: dict[str, Any]) -> str:
@@ -355,6 +367,9 @@ def _ways(folder: Path, config: Any, name: str) -> list[dict[str, str]]:
         text = (
             "With transformers and peft, which find the model that the adapter belongs to, once hfcompress is imported:"
         )
+        return [{"text": text, "code": f'import hfcompress\n{plain}model = {auto}.from_pretrained("{name}")'}]
+    if is_packed(config):
+        text = "With transformers, once hfcompress is imported (the weights are packed in a form of its own):"
         return [{"text": text, "code": f'import hfcompress\n{plain}model = {auto}.from_pretrained("{name}")'}]
     if not (folder / MODELING_FILE).is_file():
         if is_4bit(config):

@@ -108,8 +108,8 @@ def routes_of(folder: str | Path) -> list[str]:
         return ["load", "auto", *([] if is_4bit(config) or needs_building(config) else ["plain"]), "peft"]
     if not needs_building(config):
         # Without our guard bitsandbytes reads 4-bit weights of some widths wrong on CPUs, so that is not promised.
-        return ["load", "auto"] if is_4bit(config) else ["load", "auto", "plain"]
-    return ["load", "auto", "remote"]
+        return ["load", "auto"] if is_4bit(config) or is_packed(config) else ["load", "auto", "plain"]
+    return ["load", "auto"] if is_packed(config) else ["load", "auto", "remote"]
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -118,9 +118,17 @@ def _is_adapter(folder: Path) -> bool:
 
 def is_4bit(config: Any) -> bool:
     """Whether a config says that its weights are stored in 4 bits by bitsandbytes."""
+    return bool(_quantization(config, "load_in_4bit"))
+
+
+def is_packed(config: Any) -> bool:
+    """Whether a config says that hfcompress packed its weights: without hfcompress nothing reads them."""
+    return bool(_quantization(config, "quant_method") == "hfcompress")
+
+
+def _quantization(config: Any, name: str) -> Any:
     settings = getattr(config, "quantization_config", None)
-    get = settings.get if isinstance(settings, dict) else lambda name, default: getattr(settings, name, default)
-    return bool(get("load_in_4bit", False))
+    return settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
 
 
 def verify_folder(

@@ -124,7 +124,7 @@ def round_on_data(
         logger.debug("rounded %s", label)
         walk.leave(step)
     rest = {name: written for name, written in formats.items() if name not in rounded}
-    return rounded | round_at_once(model, rest)
+    return rounded | round_at_once(model, rest, fit=fit)
 
 
 def _inside(model: nn.Module, layer: nn.Module, formats: Mapping[str, str]) -> dict[str, nn.Module]:

@@ -55,9 +55,9 @@ def fit_grid(
         >>> grid.decode(grid.encode(torch.tensor([[0.0, 1.0, 2.0, 7.5]]))).tolist()
         [[0.0, 1.0, 2.0, 7.5]]
     """
+    weight = weight.detach().float()
     if not torch.isfinite(weight.sum()):
         raise ValueError("a weight is NaN or infinite; the model is broken")
-    weight = weight.detach().float()
     shape = (weight.shape[0], weight.shape[1])
     if scheme.kind == "codebook":
         levels = k_means(weight, 2 ** int(scheme.bits), importance=importance)
@@ -69,11 +69,11 @@ def fit_grid(
     counted = fit == "mse" or scheme.kind == "fixed"
     for values, counts in _in_blocks(weight, _counts(weight, importance) if counted else weight, size):
         blocks = _Blocks(values, counts, levels, scheme)
-        scale, offset = blocks.normal() if fit == "normal" else blocks.reach(fit)
+        scale, offset = first = blocks.normal() if fit == "normal" else blocks.reach(fit)
         if fit == "mse":
             scale, offset = blocks.least_error(scale, offset)
         if scheme.kind == "fixed":
-            scale = blocks.power_of_two(scale)
+            scale = blocks.power_of_two(first[0], scale)
         scale = scale.to(scale_dtype).float()
         scales.append(torch.where(scale == 0, _LEAST_SCALE, scale))
         if offset is not None:
@@ -88,9 +88,7 @@ def _counts(weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tens
     return counts + 1e-6 * counts.mean() + torch.finfo(weight.dtype).tiny
 
 
-def _in_blocks(
-    weight: torch.Tensor, counts: torch.Tensor, size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _in_blocks(weight: torch.Tensor, counts: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Some blocks at a time, each with what its weights count; a last block that is short is filled with zeros that count nothing."""
     missing = -weight.numel() % size
     flat = [torch.nn.functional.pad(each.reshape(-1), (0, missing)).view(-1, size) for each in (weight, counts)]
@@ -111,8 +109,11 @@ class _Blocks:
     def reach(self, fit: Fit) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale and offset with which the grid just covers the weights (or nearly all of them)."""
         if fit == "percentile":
-            share = torch.tensor([1 - _PERCENTILE, _PERCENTILE], device=self.values.device)
-            low, high = torch.quantile(self.values, share, dim=1, interpolation="nearest")
+            # Not torch.quantile, which reads 16 million numbers at most.
+            last = self.values.shape[1] - 1
+            low, high = (
+                self.values.kthvalue(1 + round(share * last), dim=1).values for share in (1 - _PERCENTILE, _PERCENTILE)
+            )
         else:
             low, high = self.values.amin(1), self.values.amax(1)  # what fills a short block is 0
         if self.scheme.affine:
@@ -156,12 +157,16 @@ class _Blocks:
             )
         return found
 
-    def power_of_two(self, scale: torch.Tensor) -> torch.Tensor:
-        """Of the two powers of two around each scale (with its sign) the one with less error."""
-        sign = torch.where(scale < 0, -1.0, 1.0)
-        exponent = torch.log2(scale.abs().clamp(min=torch.finfo(scale.dtype).tiny)).floor()
-        below, above = (sign * torch.exp2(exponent + more) for more in (0, 1))
-        return torch.where(self._error(below, None) <= self._error(above, None), below, above)
+    def power_of_two(self, *scales: torch.Tensor) -> torch.Tensor:
+        """Of the two powers of two around each of some scales (with its sign) the one with least error, for each block."""
+        best, found = torch.full_like(scales[0], torch.inf), scales[0]
+        for scale in scales:
+            exponent = torch.log2(scale.abs().clamp(min=torch.finfo(scale.dtype).tiny)).floor()
+            for more in (0, 1):
+                tried = torch.where(scale < 0, -1.0, 1.0) * torch.exp2(exponent + more)
+                error = self._error(tried, None)
+                best, found = torch.minimum(error, best), torch.where(error < best, tried, found)
+        return found
 
     def _chosen(self, scale: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
         """The level of each weight."""
@@ -196,7 +201,8 @@ def k_means(
 ) -> torch.Tensor:
     """Numbers such that each weight is near one of them (Lloyd's algorithm), 0 among them if a weight is 0.
 
-    Source: Deep Compression (Han et al. 2016), section 3, with a start at equal shares of the weights instead of equal distances.
+    Source: Deep Compression (Han et al. 2016), section 3, with a start at equal shares of the weights that are not 0 instead of equal
+    distances.
 
     Args:
         weight: Shape (outputs, inputs), float.
@@ -219,8 +225,10 @@ def k_means(
     counts = counts[order].double()
     sums = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     products = torch.cat([counts.new_zeros(1), (counts * values).cumsum(0)])
-    shares = (torch.arange(count, dtype=torch.float64, device=values.device) + 0.5) / count * sums[-1]
-    centres = values[torch.searchsorted(sums[1:], shares).clamp(max=len(values) - 1)].double()
+    # Pruned weights need one number and no more: with a share of their own they would get most.
+    present = (counts * (values != 0)).cumsum(0)
+    shares = (torch.arange(count, dtype=torch.float64, device=values.device) + 0.5) / count * present[-1]
+    centres = values[torch.searchsorted(present, shares).clamp(max=len(values) - 1)].double()
     for _ in range(rounds):
         if pinned:
             centres[centres.abs().argmin()] = 0.0

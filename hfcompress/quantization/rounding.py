@@ -21,11 +21,18 @@ def inverse_factor(second_moment: torch.Tensor, *, damping: float = _DAMPING) ->
         second_moment: H, the mean of x x^T over tokens, shape (inputs, inputs); computed in float64.
         damping: At least 0; raised by itself, tenfold at a time, where H is singular.
 
+    Raises:
+        ValueError: The second moment is not finite.
+
     Example:
         >>> inverse_factor(torch.diag(torch.tensor([4.0, 1.0])), damping=0.0).abs().tolist()
         [[0.5, 0.0], [0.0, 1.0]]
     """
     matrix = second_moment.double().clone()
+    if not torch.isfinite(matrix).all():
+        raise ValueError(
+            "what enters a layer is NaN or infinite on the calibration data; check the model, or run it in float32"
+        )
     mean = matrix.diagonal().mean()
     if mean == 0:
         mean = torch.ones_like(mean)

@@ -100,13 +100,13 @@ def format_bits(costs: Costs, chosen: Mapping[str, str] | None, *, rest_bytes: i
         >>> from hfcompress.quantization.bits import BitCost
         >>> costs = {"key": {"float16": BitCost(0.0, 200_000), "int8": BitCost(0.125, 110_000)}}
         >>> print(format_bits(costs, {"key": "int8"}, rest_bytes=1_000_000))
-        nats per example, kB      float16                int8
-        key                             0    200.0   1.25e-01    110.0*
+        nats per example, kB      float16              int8
+        key                           0    200.0    1.25e-01    110.0*
         <BLANKLINE>
-        together                  nats expected   MB of the model
-        all float16                           0              1.20
-        all int8                       1.25e-01              1.11
-        as marked                      1.25e-01              1.11
+        together                 nats expected   MB of the model
+        all float16                          0              1.20
+        all int8                      1.25e-01              1.11
+        as marked                     1.25e-01              1.11
     """
     formats = list(next(iter(costs.values())))
     totals = [(f"all {form}", total_cost(costs, form)) for form in formats]

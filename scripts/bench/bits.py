@@ -138,6 +138,7 @@ def read_smollm2(options: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]
     file = next(Path(next(iter(spec.submodule_search_locations))).glob("**/*.gguf"))
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    model.hf_quantizer = None  # what gguf loading leaves behind
     ids = transformers.AutoTokenizer.from_pretrained(**source)(
         Path(options.data).read_text(encoding="utf-8"), verbose=False
     )["input_ids"]

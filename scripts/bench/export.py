@@ -16,6 +16,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,16 @@ def measure(options: argparse.Namespace, output: Path) -> dict[str, Any]:
         rows.append(
             {
                 "name": name,
-                "accuracy": accuracy(predictions, labels).to_dict(),
+                "accuracy": asdict(accuracy(predictions, labels)),
                 "points_lost": float(difference.mean()),
                 "points_lost_error": float(difference.std() / np.sqrt(len(difference))),
                 "p_value_against_teacher": mcnemar(right[BASELINE], right[name]),
                 "size_bytes": sizes[name],
                 "check": checks.get(name),
                 "latency": {length: times[length][name].to_dict() for length in LENGTHS},
-                "speedup": {length: vars(speedup(times[length][BASELINE], times[length][name])) for length in LENGTHS},
+                "speedup": {
+                    length: asdict(speedup(times[length][BASELINE], times[length][name])) for length in LENGTHS
+                },
             }
         )
         print(

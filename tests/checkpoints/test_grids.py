@@ -102,7 +102,16 @@ def random_grid(name, shape, block, *, seed=0, offsets=False):
 
 GRIDS = ["int2", "int3-asym", "int4", "int8", "fixed5", "nf4", "fp4", "ternary", "binary", "codebook3", "codebook1"]
 # Blocks within a row, of a row, of several rows, across rows, of one weight, and of everything.
-LAYOUTS = [((6, 12), 4), ((6, 12), 12), ((6, 12), 24), ((6, 12), 7), ((5, 3), 4), ((6, 12), 1), ((6, 12), 72), ((1, 1), 1)]
+LAYOUTS = [
+    ((6, 12), 4),
+    ((6, 12), 12),
+    ((6, 12), 24),
+    ((6, 12), 7),
+    ((5, 3), 4),
+    ((6, 12), 1),
+    ((6, 12), 72),
+    ((1, 1), 1),
+]
 
 
 @pytest.mark.parametrize(("shape", "block"), LAYOUTS)
@@ -122,7 +131,9 @@ def test_the_nearest_level(name, shape, block):
         np.testing.assert_allclose(found, distances.min(-1), atol=1e-5)
         assert (codes.numpy() == distances.argmin(-1)).mean() > 0.99 or reach > 100
         decoded = grid.decode(codes)
-        np.testing.assert_allclose(decoded, np.take_along_axis(numbers, codes.numpy()[..., None].astype(int), 2)[..., 0], atol=1e-4)
+        np.testing.assert_allclose(
+            decoded, np.take_along_axis(numbers, codes.numpy()[..., None].astype(int), 2)[..., 0], atol=1e-4
+        )
         # What is on the grid stays where it is.
         assert torch.equal(grid.decode(grid.encode(decoded)), decoded)
         assert torch.equal(grid.snap(weight), decoded)

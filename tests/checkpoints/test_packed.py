@@ -106,7 +106,8 @@ def test_a_matrix_is_packed_row_by_row():
 
 
 @pytest.mark.parametrize(
-    ("count", "bits", "expected"), [(16, 1, 2), (17, 1, 3), (64, 3, 24), (9, 4, 8), (10, 1.6, 2), (11, 1.6, 3), (9, 8, 9), (0, 5, 0)]
+    ("count", "bits", "expected"),
+    [(16, 1, 2), (17, 1, 3), (64, 3, 24), (9, 4, 8), (10, 1.6, 2), (11, 1.6, 3), (9, 8, 9), (0, 5, 0)],
 )
 def test_bytes_by_hand(count, bits, expected):
     assert packed_bytes(count, bits) == expected
@@ -137,7 +138,9 @@ def test_a_layer_multiplies_the_decoded_weights(name, kind):
     linear.weight.copy_(decoded.T if kind is Conv1D else decoded)
     torch.testing.assert_close(packed(x), linear(x))
     state = packed.state_dict()
-    assert sum(t.numel() * t.element_size() for key, t in state.items() if key != "bias") == format_of(name).size_bytes(10, 24)
+    assert sum(t.numel() * t.element_size() for key, t in state.items() if key != "bias") == format_of(name).size_bytes(
+        10, 24
+    )
     assert state["codes"].dtype == torch.uint8 and state["scale"].dtype == torch.float16
     assert ("offset" in state) is scheme.affine and ("levels" in state) is (scheme.kind == "codebook")
     assert linear_features(packed) == (24, 10)
@@ -149,7 +152,9 @@ def test_a_layer_multiplies_the_decoded_weights(name, kind):
 def test_a_layer_without_bias_and_in_half_precision():
     linear = make_linear(nn.Linear, bias=False).to(torch.bfloat16)
     grid = fit_grid(linear.weight, Scheme.parse("int4"), scale_dtype=torch.float16)
-    packed = PackedLinear.of(linear, Scheme.parse("int4"), grid, grid.encode(linear.weight.float()), scale_dtype=torch.float16)
+    packed = PackedLinear.of(
+        linear, Scheme.parse("int4"), grid, grid.encode(linear.weight.float()), scale_dtype=torch.float16
+    )
     x = torch.randn(2, 24, dtype=torch.bfloat16, requires_grad=True)
     assert packed.bias is None and packed.weight.dtype == torch.bfloat16
     packed(x).sum().backward()  # gradients pass through
@@ -235,7 +240,7 @@ def test_pruned_models(name, pattern, tmp_path):
     model.save_pretrained(tmp_path)
     for again in (hfcompress.load(tmp_path), getattr(transformers, task_class(name)).from_pretrained(tmp_path)):
         check_same(again, model, inputs)
-        assert find_sites(again) == find_sites(model) and len(packed_layers(again)) > len(chosen) / 2
+        assert find_sites(again) == find_sites(model) and len(packed_layers(again)) >= len(chosen) / 2 > 0
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit"])
@@ -322,8 +327,14 @@ LAYER = "bert.encoder.layer.0.output.dense"
         ({"version": 2}, "the weights were packed in format 2; this hfcompress reads 1: update it"),
         ({"modules": {LAYER: "int9"}}, "no quantization scheme 'int9'; there are int2 to int8,"),
         ({"modules": {LAYER: 3}}, "no quantization scheme '3'; there are int2 to int8,"),
-        ({"modules": {LAYER + "r": "int3"}}, f"config.json says that {LAYER}r is quantized, but BertForSequenceClassification has no"),
-        ({"modules": {LAYER: "int3", "bert.encoder": "int3"}}, "config.json says that bert.encoder is quantized, but BertFor"),
+        (
+            {"modules": {LAYER + "r": "int3"}},
+            f"config.json says that {LAYER}r is quantized, but BertForSequenceClassification has no",
+        ),
+        (
+            {"modules": {LAYER: "int3", "bert.encoder": "int3"}},
+            "config.json says that bert.encoder is quantized, but BertFor",
+        ),
         ({"scale_dtype": "float64"}, "a type of scales and products is float16, bfloat16 or float32, not 'float64'"),
         ({"compute_dtype": "int8"}, "a type of scales and products is float16, bfloat16 or float32, not 'int8'"),
     ],
@@ -346,11 +357,15 @@ def test_another_scheme_than_was_written(tmp_path):
 
 
 def test_nothing_of_another_architecture(tmp_path):
-    with pytest.raises(ValueError, match=r"^config.json says that distilbert.encoder.layer.0.attention.self.query is quantized"):
+    with pytest.raises(
+        ValueError, match=r"^config.json says that distilbert.encoder.layer.0.attention.output.dense is quantized"
+    ):
         model, _, _ = quantized("bert", "int3")
         model.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
-        edited(tmp_path, modules={"distil" + key: value for key, value in config["quantization_config"]["modules"].items()})
+        edited(
+            tmp_path, modules={"distil" + key: value for key, value in config["quantization_config"]["modules"].items()}
+        )
         transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 

@@ -63,7 +63,7 @@ def vit(tmp_path_factory) -> SimpleNamespace:
     from hfcompress.export import export_model
 
     folder = tmp_path_factory.mktemp("vit")
-    model = save_uneven(folder / "model", "vit", "AutoModelForImageClassification", "both")
+    model = save_uneven(folder / "model", "vit", "AutoModelForImageClassification", "both", num_hidden_layers=2)
     transformers.ViTImageProcessor(
         size={"height": 16, "width": 16}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]
     ).save_pretrained(folder / "model")
