@@ -129,6 +129,7 @@ def recipe(
     criterion: str = "first_order",
     distill: dict[str, Any] | None = None,
     prune: dict[str, Any] | None = None,
+    qat: dict[str, Any] | None = None,
     parts: tuple[str, ...] = ("distill", "prune"),
 ) -> Recipe:
     sections = {
@@ -143,10 +144,10 @@ def recipe(
             **(prune or {}),
         },
     }
-    return Recipe.from_dict({part: sections[part] for part in parts})
+    return Recipe.from_dict({part: sections[part] for part in parts} | ({"qat": qat} if qat else {}))
 
 
-RECIPE_OPTIONS = ("cut", "sparsity", "hidden", "criterion", "distill", "prune")
+RECIPE_OPTIONS = ("cut", "sparsity", "hidden", "criterion", "distill", "prune", "qat")
 PARTS: dict[type, tuple[str, ...]] = {
     Trainer: (),
     PlainTrainer: (),
@@ -202,6 +203,11 @@ def compress(folder: Path | str, *, resume: str | Path | None = None, **options:
 
 def vector(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def everything(model: torch.nn.Module) -> torch.Tensor:
+    """Parameters and buffers: packed weights are buffers."""
+    return torch.cat([tensor.detach().flatten().double() for tensor in model.state_dict().values()])
 
 
 class Gradients(TrainerCallback):
@@ -293,7 +299,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     facts = {
         "world": trainer.args.world_size,
         "wrapper": type(trainer.model_wrapped).__name__,
-        "same_weights": same_everywhere(vector(model)),
+        "same_weights": same_everywhere(everything(model)),
         "units": (getattr(model.config, "hfcompress", None) or {}).get("units"),
         "log": trainer.state.log_history,
         "in_optimizer": sum(len(group["params"]) for group in trainer.optimizer.param_groups),

@@ -205,7 +205,7 @@ def test_what_cannot_be_trained(tmp_path: Path, qat: dict[str, Any], match: str)
 
 
 def test_what_a_recipe_cannot_say() -> None:
-    with pytest.raises(RecipeError, match="end .0.2. must come after start"):
+    with pytest.raises(RecipeError, match="must come after start"):
         Recipe.from_dict({"qat": {"format": "int4", "first": ["int8"], "start": 0.3, "end": 0.2}})
     with pytest.raises(RecipeError, match="qat leaves a model that is quantized"):
         Recipe.from_dict({"qat": {"format": "int4"}, "quantize": {}})
