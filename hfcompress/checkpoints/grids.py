@@ -187,19 +187,16 @@ class Grid:
         """
         if not self.uniform:
             return self.decode(self.encode(weight))
-        outputs, inputs = self.shape
-        if inputs % self.block_size == 0:  # blocks side by side: nothing has to be spread
-            blocks, size = weight.reshape(-1, self.block_size), (-1, 1)
+        scale, offset, blocks = self.scale, self.offset, weight
+        if self.shape[1] % self.block_size == 0:  # blocks side by side: nothing has to be spread
+            blocks = weight.reshape(-1, self.block_size)
+            scale, offset = scale[:, None], None if offset is None else offset[:, None]
         else:
-            blocks, size = weight, (outputs, inputs)
-        scale, offset = (
-            values if values is None or size == (-1, 1) else self.spread(values) for values in (self.scale, self.offset)
-        )
-        scale = scale.view(size)
-        shifted = blocks / scale if offset is None else (blocks - offset.view(size)).div_(scale)
+            scale, offset = self.spread(scale), None if offset is None else self.spread(offset)
+        shifted = blocks / scale if offset is None else (blocks - offset).div_(scale)
         first = self.levels[0]
         values = shifted.sub_(first).round_().clamp_(0, len(self.levels) - 1).add_(first).mul_(scale)
-        return (values if offset is None else values.add_(offset.view(size))).view(self.shape)
+        return (values if offset is None else values.add_(offset)).view(self.shape)
 
 
 def nearest(

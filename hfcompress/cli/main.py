@@ -262,13 +262,18 @@ examples:
     written = quantize.add_mutually_exclusive_group(required=True)
     written.add_argument("--preset", metavar="FORMAT", help="one of the above, for all layers")
     written.add_argument("--layers", metavar="FILE.json", help="a format for each layer")
-    quantize.add_argument("--data", default=None, metavar="FILE", help="examples to round on: csv, json, parquet, txt, images")
+    quantize.add_argument(
+        "--data", default=None, metavar="FILE", help="examples to round on: csv, json, parquet, txt, images"
+    )
     _column_arguments(quantize)
     quantize.add_argument("--samples", type=_positive, default=1024, help="examples to round on (default 1024)")
     quantize.add_argument("--length", type=_positive, default=64, help="tokens per example (default 64)")
     quantize.add_argument("--seed", type=int, default=42, help="of the choice of examples (default 42)")
     quantize.add_argument(
-        "--keep", default=None, metavar="FOLDER", help="keep what is rounded there; if stopped, the same command goes on"
+        "--keep",
+        default=None,
+        metavar="FOLDER",
+        help="keep what is rounded there; if stopped, the same command goes on",
     )
     quantize.add_argument("--output", default=None, help="folder to write (default: MODEL-PRESET)")
     quantize.add_argument("--skip", nargs="*", default=[], metavar="MODULE", help="further modules to leave alone")

@@ -7,6 +7,7 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
@@ -58,7 +59,8 @@ def push_folder(
     """
     folder = Path(folder)
     checks = require_loadable(folder)
-    base, about = base_of(folder), {}
+    base = base_of(folder)
+    about: dict[str, Any] = {}
     if base is not None and Path(base).is_dir():
         below = repo.removesuffix("-adapter") if repo.endswith("-adapter") else f"{repo}-base"
         base = push_folder(
@@ -81,7 +83,7 @@ def push_folder(
                 folder_path=folder if base is None else _naming(folder, base, Path(scratch) / "adapter"),
                 revision=revision,
                 commit_message=message,
-                ignore_patterns=IGNORED,
+                ignore_patterns=list(IGNORED),  # the client adds its own to the list
             )
     except HFValidationError as error:
         raise PushError(f"{repo!r} is not a name the Hub takes: {_first_line(error)}; give user/name") from None
@@ -95,7 +97,7 @@ def push_folder(
 
 def _naming(folder: Path, base: str, copy: Path) -> Path:
     """A copy of an adapter's folder that names its model by the repository; here it goes on naming the folder."""
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*(pattern.partition("/")[0] for pattern in IGNORED)))
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
     config = json.loads((copy / ADAPTER_FILE).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
     (copy / ADAPTER_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

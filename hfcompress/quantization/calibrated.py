@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,22 +30,6 @@ class _Input:
 
     names: list[str]
     moments: Moments
-
-
-@dataclass
-class _Seen:
-    """Inputs of linear layers in one forward pass, those of the same tensor under one name."""
-
-    first: dict[int, str] = field(default_factory=dict)
-    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    alias: dict[str, str] = field(default_factory=dict)
-    alive: list[torch.Tensor] = field(default_factory=list)  # an id is that of one tensor only while it lives
-
-    def note(self, name: str, tensor: torch.Tensor) -> None:
-        self.alive.append(tensor)
-        first = self.alias.setdefault(name, self.first.setdefault(id(tensor), name))
-        if first == name:
-            self.inputs.setdefault(name, []).append(tensor.detach())
 
 
 def round_at_once(model: nn.Module, formats: Mapping[str, str], *, fit: Fit = "min-max") -> dict[str, Rounded]:
@@ -135,37 +118,35 @@ def _inside(model: nn.Module, layer: nn.Module, formats: Mapping[str, str]) -> d
 
 
 def _look(walk: LayerWalk, step: int, modules: Mapping[str, nn.Module]) -> list[_Input]:
-    """Second moments of what enters modules of a step that is not rounded yet."""
+    """Second moments of what enters modules of a step that is not rounded yet; those that read one tensor together."""
     found: dict[str, _Input] = {}
-    for number, batch in enumerate(walk.batches):
-        with _noted(modules) as seen:
+    owners: dict[str, str] = {}  # of each module the first that reads the same
+    tensors: dict[
+        int, tuple[str, torch.Tensor]
+    ] = {}  # who read one first; it is kept, for an id is its own while it lives
+    batch: Batch = {}
+
+    def see(name: str, tensor: torch.Tensor) -> None:
+        owner = owners.setdefault(name, tensors.setdefault(id(tensor), (name, tensor))[0])
+        if owner != name:
+            if name not in found[owner].names:
+                found[owner].names.append(name)
+            return
+        # At once: some layers change their input in place afterwards.
+        features = real_tokens(tensor.detach(), batch, decoder=walk.is_decoder(step))
+        if name not in found:
+            found[name] = _Input([name], Moments.zeros(features.shape[1], features.device))
+        found[name].moments.add(features)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_pre_hook(lambda _module, args, name=name: see(name, args[0]))
+            stack.callback(handle.remove)
+        for number in range(len(walk.batches)):
+            batch = walk.batches[number]
             walk.run(step, number)
-        for name, calls in seen.inputs.items():
-            for tensor in calls:
-                features = real_tokens(tensor, batch, decoder=walk.is_decoder(step))
-                if name not in found:
-                    found[name] = _Input([], Moments.zeros(features.shape[1], features.device))
-                found[name].moments.add(features)
-        for name, first in seen.alias.items():
-            if name not in found[first].names:
-                found[first].names.append(name)
+            tensors.clear()
     return list(found.values())
-
-
-@contextmanager
-def _noted(modules: Mapping[str, nn.Module]) -> Iterator[_Seen]:
-    seen = _Seen()
-
-    def hook(name: str) -> Any:
-        return lambda _module, args: seen.note(name, args[0])
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-        seen.alive.clear()
 
 
 def _round_group(

@@ -95,7 +95,7 @@ def quantize(
         kinds = {type(module).__name__ for name, module in left.items() if name not in leave}
         reason = f"transformers does not quantize {', '.join(sorted(kinds))}" if kinds else f"all are skipped ({leave})"
         raise ValueError(f"nothing in {path_or_repo} was quantized: of its linear layers, {reason}")
-    facts = {"storage": storage} if storage else {}
+    facts: dict[str, Any] = {"storage": storage} if storage else {}
     facts |= {"threshold": threshold} if threshold is not None else {}
     facts |= {"compute_dtype": compute_dtype} if compute_dtype != "auto" else {}
     add_step(

@@ -352,7 +352,7 @@ def test_another_scheme_than_was_written(tmp_path):
     model.save_pretrained(tmp_path)
     for wrong in ("int4", "int3-g32"):
         edited(tmp_path, modules=chosen | {LAYER: wrong})
-        with pytest.raises(RuntimeError, match="mismatch|above report"):
+        with pytest.raises(RuntimeError, match=r"mismatch|above report"):
             hfcompress.load(tmp_path)
 
 
@@ -412,7 +412,7 @@ def test_adapters_on_other_layers_are_trained(tmp_path):
 def test_adapters_on_packed_layers_are_refused():
     peft = pytest.importorskip("peft")
     model, _, chosen = quantized("bert", "int3")
-    with pytest.raises(ValueError, match="PackedLinear.*is not supported"):
+    with pytest.raises(ValueError, match=r"PackedLinear.*is not supported"):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=list(chosen)))
 
 

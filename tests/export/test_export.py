@@ -78,9 +78,15 @@ def test_int8_is_smaller_and_heads_stay_in_float(bert):
     assert {name: len(found) for name, found in kinds.items()} == dict.fromkeys(kinds, len(alive))
     for name in ("openvino-int8", "openvino-int8-weights"):
         model = openvino.Core().read_model(bert.done[name].folder / "openvino_model.xml")
-        constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
-        floats = [node.data for node in constants if str(node.get_element_type()) == "<Type: 'float32'>"]
-        assert all(any(np.array_equal(found, head) for found in floats) for head in heads)
+        weights = [
+            port.get_source_output().get_node()
+            for node in model.get_ops()
+            if node.get_type_name() == "MatMul"
+            for port in node.inputs()
+        ]
+        # What is in int8 comes through a conversion. Smoothing rescales heads, too, so their values may be others.
+        floats = [tuple(node.shape) for node in weights if node.get_type_name() == "Constant"]
+        assert sorted(floats) == sorted(head.shape for head in heads) == [(3, 32), (32, 32)], name
 
 
 def test_an_image_model(vit):

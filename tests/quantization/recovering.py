@@ -13,7 +13,7 @@ import torch
 import hfcompress
 from hfcompress.quantization import add_adapters, own_device_map, quantize
 from hfcompress.training import DistillationTrainer
-from tests.training.scenarios import Examples, arguments, build, recipe, same_everywhere, vector
+from tests.training.scenarios import Examples, arguments, recipe, same_everywhere, vector
 
 
 def student(folder: Path, preset: str, **options: Any) -> Any:

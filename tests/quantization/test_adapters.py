@@ -11,7 +11,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import hfcompress
 from hfcompress.anatomy import find_sites
@@ -25,7 +24,6 @@ from tests.families import choose_units, make_inputs, make_model, predictions, r
 from tests.quantization.test_quantize import (
     FP4,
     NF4,
-    by_hand,
     quantized_modules,
     relative,
     rounded_in_blocks,
@@ -276,7 +274,7 @@ def test_merging_that_is_not_exact_is_refused(tmp_path):
         with pytest.raises(ValueError, match=rf"^merging into {dtype} is not exact, .*; merge into float32") as caught:
             merge_adapter(tmp_path / "adapter", dtype=dtype)
         assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(ValueError, match="holds no adapter; give the folder with adapter_config.json"):
+    with pytest.raises(ValueError, match=r"holds no adapter; give the folder with adapter_config\.json"):
         merge_adapter(tmp_path / "small")
     with pytest.raises(ValueError, match="holds an adapter; make one model of it first with merge_adapter"):
         quantize(tmp_path / "adapter", "nf4")

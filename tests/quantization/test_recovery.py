@@ -109,8 +109,10 @@ def test_the_best_adapters_are_loaded(preset, folder):
 def test_two_processes_each_with_a_quantized_model_of_its_own(preset, folder):
     student(folder, preset)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + ["-m", "tests.quantization.recovering", str(folder), preset],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *("-m", "tests.quantization.recovering", str(folder), preset),
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
