@@ -45,10 +45,10 @@ parts = {{"input_ids": "ids", "attention_mask": "attention_mask", "token_type_id
 inputs = {{name: np.array([getattr(one, part) for one in encoded], dtype=np.int64) for name, part in parts.items()}}
 """
 _LABELS = """\
-labels = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
+labels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label", {{}})
 scores = {scores}
 for name, row in zip({names}, scores):
-    print(f"{{labels[str(row.argmax())]}} {{row.max():.4f}}  {{name}}")
+    print(labels.get(str(row.argmax()), f"LABEL_{{row.argmax()}}"), f"{{row.max():.4f}}  {{name}}")
 """
 _SOFTMAX = "(lambda e: e / e.sum(-1, keepdims=True))(np.exp(output - output.max(-1, keepdims=True)))"
 _SCORES = {

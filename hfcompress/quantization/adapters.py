@@ -165,7 +165,8 @@ def add_adapters(
     """Put trainable adapters on the quantized layers of a model; everything else is frozen.
 
     Args:
-        model: From `quantize`, or such a folder loaded again; changed in place. Its weights stay as they are.
+        model: From `quantize`, or such a folder loaded again (best with `**without_dropout(config)`); changed in place. Its weights stay as
+            they are.
         full: The model it was made from, in float; `init="loftq"` needs it.
         rank: Of the adapters.
         alpha: Their product counts alpha / rank times.
@@ -207,6 +208,24 @@ def add_adapters(
                 part["default"].weight.copy_(factor / root)
     add_step(model.config, "adapt", rank=rank, alpha=alpha, init=init, layers=len(names), dropout=dropout)
     return adapted
+
+
+def without_dropout(config: Any) -> dict[str, float]:
+    """The settings of a config that switch off its dropout, as `from_pretrained` takes them.
+
+    What quantization took away is less than what dropout takes away at random: adapters that are trained with it learn about it
+    instead, and end farther from the model in full precision than they began.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> without_dropout(BertConfig())
+        {'hidden_dropout_prob': 0.0, 'attention_probs_dropout_prob': 0.0}
+    """
+    return {
+        name: 0.0
+        for name, value in config.to_dict().items()
+        if "drop" in name and isinstance(value, float) and value > 0
+    }
 
 
 def _chosen(model: nn.Module, targets: str | Sequence[str]) -> list[str]:

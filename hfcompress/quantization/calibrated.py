@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +99,10 @@ def round_on_data(
         done = kept.read(step, next(model.parameters()).device) if kept is not None else None
         if done is None:
             done = {}
-            for group in _look(walk, step, inside):
-                done |= _round_group(inside, group, formats, fit, damping, by_activation)
+            groups = _look(walk, step, inside)
+            while groups:
+                done |= _round_group(inside, groups.pop(), formats, fit, damping, by_activation)
+            _give_back_memory()
             if kept is not None:
                 kept.write(step, done)
         for name, layer_rounded in done.items():
@@ -157,8 +161,8 @@ def _round_group(
     damping: float,
     by_activation: bool,
 ) -> dict[str, Rounded]:
-    """Round layers that read the same inputs."""
-    moment = group.moments.second_moment()
+    """Round layers that read the same inputs, of which nothing is left."""
+    moment = group.moments.products.div_(group.moments.count)
     sweep = Sweep.of(moment, damping=damping, by_activation=by_activation)
     rounded = {}
     for name in group.names:
@@ -167,6 +171,12 @@ def _round_group(
         grid = form.fit(weight, fit=fit, importance=moment.diagonal().float())
         rounded[name] = Rounded(form, grid, round_columns(weight, grid, sweep))
     return rounded
+
+
+def _give_back_memory() -> None:
+    """Give to the system what glibc keeps for later: after each layer it would keep as much again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _set_weight(linear: nn.Module, weight: torch.Tensor) -> None:

@@ -28,24 +28,24 @@ def inverse_factor(second_moment: torch.Tensor, *, damping: float = _DAMPING) ->
         >>> inverse_factor(torch.diag(torch.tensor([4.0, 1.0])), damping=0.0).abs().tolist()
         [[0.5, 0.0], [0.0, 1.0]]
     """
-    matrix = second_moment.double().clone()
-    if not torch.isfinite(matrix).all():
+    mean = second_moment.double().diagonal().mean()
+    if not torch.isfinite(second_moment.sum()):
         raise ValueError(
             "what enters a layer is NaN or infinite on the calibration data; check the model, or run it in float32"
         )
-    mean = matrix.diagonal().mean()
-    if mean == 0:
-        mean = torch.ones_like(mean)
-    matrix.diagonal().add_(damping * mean)
-    extra = 1e-6
+    mean = torch.where(mean == 0, 1.0, mean)
+    added, extra = damping, 1e-6
     while True:
-        lower, info = torch.linalg.cholesky_ex(matrix)
+        # One matrix at a time: of wide layers these are the largest things in memory.
+        matrix = second_moment.to(torch.float64, copy=True)
+        matrix.diagonal().add_(added * mean)
+        matrix, info = torch.linalg.cholesky_ex(matrix)
         if info == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, info = torch.linalg.cholesky_ex(matrix, upper=True)
             if info == 0:
-                return upper.float()
-        matrix.diagonal().add_(extra * mean)
+                return matrix.float()
+        added += extra
         extra *= 10
 
 

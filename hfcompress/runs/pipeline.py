@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from hfcompress.checkpoints.adapters import read_config
 from hfcompress.checkpoints.io import load
 from hfcompress.config import (
     AssistantConfig,
@@ -42,7 +43,7 @@ from hfcompress.hub.card import RESULTS_FILE, read_results
 from hfcompress.hub.picture import save_tradeoff_picture
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import Metric, provenance
-from hfcompress.quantization import add_adapters, own_device_map, quantize, refit_weights
+from hfcompress.quantization import add_adapters, own_device_map, quantize, refit_weights, without_dropout
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.examples import drop
 from hfcompress.runs.processors import copy_processor
@@ -474,7 +475,8 @@ class Run:
 
         def make(args: Any, common: dict[str, Any]) -> Any:
             transformers.set_seed(self.recipe.seed)  # half of an adapter may be random
-            model: Any = load(base.resolve(), device_map=own_device_map())
+            quiet = without_dropout(read_config(base))
+            model: Any = load(base.resolve(), device_map=own_device_map(), **quiet)
             full: Any = load(folder, device_map=own_device_map())
             settings = config.model_dump(include={"rank", "alpha", "targets", "init", "dropout"})
             student = add_adapters(model, full, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -141,6 +142,15 @@ def test_the_example_runs_without_torch(bert, name):
     scores = ExportedModel(bert.done[name].folder)(**encoded).logits.softmax(-1)
     wanted = [f"{LABELS[int(row.argmax())]} {row.max():.4f}  {text}" for row, text in zip(scores, texts, strict=True)]
     assert lines == wanted
+
+
+def test_the_example_names_classes_as_transformers_does(bert, tmp_path):
+    folder = shutil.copytree(bert.done["openvino"].folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    del config["id2label"]  # as it is saved where nobody named them
+    (folder / "config.json").write_text(json.dumps(config))
+    named, unnamed = (run_example(one, "word1")[0].split()[0] for one in (bert.done["openvino"].folder, folder))
+    assert unnamed == f"LABEL_{list(LABELS.values()).index(named)}"
 
 
 def test_the_example_reads_images_as_the_processor_does(vit, tmp_path):
