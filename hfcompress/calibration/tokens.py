@@ -15,14 +15,19 @@ def token_mask(batch: Batch, shape: Sequence[int], *, decoder: bool = False) -> 
     Args:
         batch: Inputs of the model.
         shape: Batch and length of the activation.
-        decoder: Whether it is one of the decoder's: where the decoder has inputs of its own, only its own mask counts.
+        decoder: Whether it is one of the decoder's: where the decoder has inputs of its own, only its own mask counts, but for what has
+            another length: that is what it reads of the encoder.
 
     Example:
         >>> batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
         >>> token_mask(batch, (1, 3)).tolist(), token_mask(batch, (1, 5))
         ([[True, True, False]], None)
+        >>> both = {**batch, "decoder_attention_mask": torch.tensor([[1, 0]])}
+        >>> token_mask(both, (1, 2), decoder=True).tolist(), token_mask(both, (1, 3), decoder=True).tolist()
+        ([[True, False]], [[True, True, False]])
     """
-    own = decoder and any(name.startswith("decoder_") for name in batch)
+    theirs = [value for name, value in batch.items() if name.startswith("decoder_") and isinstance(value, torch.Tensor)]
+    own = decoder and bool(theirs) and any(tuple(value.shape[:2]) == tuple(shape[:2]) for value in theirs)
     mask = batch.get("decoder_attention_mask" if own else "attention_mask")
     if isinstance(mask, torch.Tensor) and tuple(mask.shape) == tuple(shape[:2]):
         return mask.bool()
