@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import importlib.util
 import json
 import logging
@@ -307,9 +309,11 @@ def _blocks(ids: list[int], length: int) -> torch.Tensor:
 
 def _memory(*, peak: bool = False) -> int:
     """Resident memory now, after the peak was set back, or the peak since then. Linux."""
-    status = Path("/proc/self/status").read_text()
     if not peak:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps of earlier work is not the model's
         Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
     key = "VmHWM" if peak else "VmRSS"
     return 1024 * int(next(line for line in status.splitlines() if line.startswith(key)).split()[1])
 
