@@ -475,7 +475,7 @@ class Run:
 
         def make(args: Any, common: dict[str, Any]) -> Any:
             transformers.set_seed(self.recipe.seed)  # half of an adapter may be random
-            quiet = without_dropout(read_config(base))
+            quiet: dict[str, Any] = without_dropout(read_config(base))
             model: Any = load(base.resolve(), device_map=own_device_map(), **quiet)
             full: Any = load(folder, device_map=own_device_map())
             settings = config.model_dump(include={"rank", "alpha", "targets", "init", "dropout"})
