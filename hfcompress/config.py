@@ -573,7 +573,8 @@ class QATConfig(Section):
             return None
         if not self.first or progress >= self.end:
             return self.format
-        return self.first[int((progress - self.start) / (self.end - self.start) * len(self.first))]
+        # 0.1 + 0.2 is a little more than 0.3: a step that stands on the border belongs to what follows.
+        return self.first[int((progress - self.start) / (self.end - self.start) * len(self.first) + 1e-9)]
 
 
 class RecoverConfig(Section):

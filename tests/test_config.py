@@ -62,6 +62,7 @@ def test_a_whole_recipe_goes_to_yaml_and_back(tmp_path):
         "data": {"name": "glue", "config": "sst2", "text": ["premise", "hypothesis"], "max_train": 100},
         "distill": {"hidden": {"weight": 1.0, "layers": [[0, 1], [2, 5]]}, "logits": {"temperature": 4}},
         "prune": {"target": {"sparsity": 0}, "units": ["neurons"], "multiple_of": {"neurons": 64}, "uniform": True},
+        "qat": None,  # its result is quantized already
         "quantize": {"presets": ["nf4", "int8"], "skip": ["classifier"]},
         "train": {"num_train_epochs": 1, "bf16": True},
         "measure": {"threads": 1},

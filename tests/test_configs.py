@@ -96,4 +96,4 @@ def test_the_recipes_in_the_readme_are_recipes():
     text = (ROOT.parent / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     sections = [set(Recipe.from_dict(yaml.safe_load(block)).model_fields_set) for block in blocks]
-    assert sections == [{"distill", "prune"}, {"distill", "student", "teacher"}]
+    assert sections == [{"distill", "prune"}, {"distill", "student", "teacher"}, {"qat"}]

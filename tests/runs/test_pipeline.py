@@ -223,7 +223,7 @@ def test_restarting_removes_the_run_and_nothing_else(finished, material, tmp_pat
         ({"model": None, "teacher": {"train": {}}}, "the recipe needs model.name"),
         (
             {"distill": None, "prune": None, "quantize": None},
-            "the recipe asks for nothing: add distill, prune or quantize",
+            "the recipe asks for nothing: add distill, prune, qat or quantize",
         ),
     ],
 )
@@ -246,22 +246,27 @@ def test_a_training_argument_that_does_not_exist(material, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "trainer"), [({"prune": None}, "DistillationTrainer"), ({"distill": None}, "PruningTrainer")]
+    ("changes", "name"),
+    [
+        ({"prune": None}, "distilled"),
+        ({"distill": None}, "pruned"),
+        ({"distill": None, "prune": None, "qat": {"format": "int4-g8"}}, "trained in int4-g8"),
+    ],
 )
-def test_which_trainer_makes_the_student(changes, trainer, finished, material, tmp_path, monkeypatch):
+def test_any_of_the_sections_makes_a_student(changes, name, finished, material, tmp_path, monkeypatch):
     """The teacher is named: nothing is fine-tuned, and the student starts as its copy."""
     done, _ = finished
     teacher = {"name": str(done / "teacher")}
     recipe = recipe_for(material, tmp_path / "run", model=None, teacher=teacher, quantize=None, **changes)
     made, measured = [], []
-    cls = getattr(pipeline, trainer)
+    cls = pipeline.CompressionTrainer
 
     def make(*args, **kwargs):
         made.append(cls(*args, **kwargs))
         return made[-1]
 
-    for name in ("PlainTrainer", "CompressionTrainer", "DistillationTrainer", "PruningTrainer"):
-        monkeypatch.setattr(pipeline, name, make if name == trainer else no_training)
+    for trainer in ("PlainTrainer", "CompressionTrainer", "DistillationTrainer"):
+        monkeypatch.setattr(pipeline, trainer, make if trainer == "CompressionTrainer" else no_training)
     monkeypatch.setattr(verify, "_run_child", all_fine)
     rows = [row("teacher", "teacher", 0.5), row("student", "student", 0.5)]
 
@@ -273,10 +278,11 @@ def test_which_trainer_makes_the_student(changes, trainer, finished, material, t
     monkeypatch.setattr(Run, "measure", measure)
     assert run_recipe(recipe, command="x") == rows
     assert len(made) == 1 and made[0].state.global_step == 6
-    name = "distilled" if trainer == "DistillationTrainer" else "pruned"
     assert measured == [{"teacher": done / "teacher", name: tmp_path / "run" / "student"}]
     assert not (tmp_path / "run" / "teacher").exists()
-    assert bool(read_units(hfcompress.load(tmp_path / "run" / "student").config)) is (name == "pruned")
+    student = hfcompress.load(tmp_path / "run" / "student")
+    assert bool(read_units(student.config)) is (name == "pruned")
+    assert (getattr(student, "quantization_method", None) == "hfcompress") is ("qat" in changes)
 
 
 def test_a_teacher_on_the_hub_is_quantized_with_its_tokenizer(finished, material, tmp_path, local_hub, monkeypatch):
@@ -358,7 +364,7 @@ def test_a_run_with_several_targets_leaves_a_model_at_each(finished, material, t
     # Of those that lose no more than 3 points the second is fastest; the third is faster and loses 5.
     assert f"The fastest that loses at most 3.0: {output / 'student-flops-0.93'} (1.60x, 2.00 lost)" in said
     # Started again, nothing is trained; with --restart all of it goes.
-    monkeypatch.setattr("hfcompress.runs.pipeline.PruningTrainer", no_training)
+    monkeypatch.setattr("hfcompress.runs.pipeline.CompressionTrainer", no_training)
     assert run_recipe(recipe, command="x") == rows
     other = recipe_for(material, output, prune={**GOALS, "target": {"sparsity": 0.5}})
     Run(other, command="x", restart=True)
