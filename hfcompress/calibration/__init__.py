@@ -1,7 +1,15 @@
 """Looking at a model on sample data: layer by layer, its activations and the gradients of its own predictions."""
 
 from hfcompress.calibration.frozen import frozen
-from hfcompress.calibration.moments import Moments, gram, linear_weight, output_gradients, step_moments
+from hfcompress.calibration.moments import (
+    InputMoments,
+    Moments,
+    gram,
+    linear_weight,
+    output_gradients,
+    set_linear_weight,
+    step_moments,
+)
 from hfcompress.calibration.predictions import (
     Loss,
     batch_loss,
@@ -15,6 +23,7 @@ from hfcompress.calibration.walk import Batch, LayerWalk, to_device, with_decode
 
 __all__ = [
     "Batch",
+    "InputMoments",
     "LayerWalk",
     "Loss",
     "Moments",
@@ -28,6 +37,7 @@ __all__ = [
     "prediction_mask",
     "real_tokens",
     "self_loss",
+    "set_linear_weight",
     "step_moments",
     "to_device",
     "token_mask",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ from hfcompress.calibration.predictions import batch_loss
 from hfcompress.calibration.tokens import real_tokens
 from hfcompress.calibration.walk import Batch, LayerWalk
 
-# So many tokens are multiplied at once: short batches would spend their time on adding up matrices.
-_TOKENS = 4096
+# So many numbers are multiplied at once: short batches would spend their time on adding up matrices.
+_NUMBERS = 2**20
 # Second moments are symmetric: of matrices larger than this, blocks below the diagonal are copied.
 _BLOCK = 384
 
@@ -83,6 +84,87 @@ def linear_weight(module: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def set_linear_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    """Give a linear layer, also transformers' Conv1D, the values of a weight of shape (outputs, inputs), in place.
+
+    Example:
+        >>> layer = Conv1D(1, 2)
+        >>> set_linear_weight(layer, torch.tensor([[3.0, 4.0]]))
+        >>> layer.weight.tolist(), linear_weight(layer).tolist()
+        ([[3.0], [4.0]], [[3.0, 4.0]])
+    """
+    with torch.no_grad():
+        module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)  # type: ignore[operator, union-attr]
+
+
+class InputMoments:
+    """Second moments of what enters modules while a model is run; modules that read the same tensor share them.
+
+    Args:
+        modules: By name.
+
+    Example:
+        >>> first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> inputs, x = InputMoments({"first": first, "second": second}), torch.eye(2)
+        >>> with inputs.watched({}):
+        ...     y = first(x) + second(x)
+        >>> [(names, moments.products.tolist()) for names, moments in inputs.groups()]
+        [(['first', 'second'], [[1.0, 0.0], [0.0, 1.0]])]
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+        self._owners: dict[str, str] = {}  # of each module that was reached the first that reads the same
+        self._waiting: dict[str, list[torch.Tensor]] = {}
+        self._moments: dict[str, Moments] = {}
+
+    @contextlib.contextmanager
+    def watched(self, batch: Batch, *, decoder: Container[str] = ()) -> Iterator[None]:
+        """A context in which the model is run once on a batch.
+
+        Args:
+            batch: Its inputs, for what is padding.
+            decoder: Names of the modules that belong to a decoder: see `real_tokens`.
+        """
+        tensors: dict[int, tuple[str, torch.Tensor]] = {}  # kept, for an id is that of one tensor only while it lives
+
+        def see(name: str, tensor: torch.Tensor) -> None:
+            owner = self._owners.setdefault(name, tensors.setdefault(id(tensor), (name, tensor))[0])
+            if owner == name:
+                # A copy, or at once: some layers change their input in place afterwards.
+                features = real_tokens(tensor.detach(), batch, decoder=name in decoder)
+                self._add(name, features.clone() if features.data_ptr() == tensor.data_ptr() else features)
+
+        with contextlib.ExitStack() as stack:
+            for name, module in self._modules.items():
+                handle = module.register_forward_pre_hook(lambda _module, args, name=name: see(name, args[0]))
+                stack.callback(handle.remove)
+            yield
+
+    def _add(self, name: str, features: torch.Tensor) -> None:
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(features)
+        if sum(map(torch.numel, waiting)) >= _NUMBERS:
+            self._sum_up(name)
+
+    def _sum_up(self, name: str) -> None:
+        features = torch.cat(self._waiting.pop(name))
+        self._moments.setdefault(name, Moments.zeros(features.shape[1], features.device)).add(features)
+
+    def groups(self) -> list[tuple[list[str], Moments]]:
+        """Modules that read the same, and its moments, in the order in which they were reached; the others are left out."""
+        for name in list(self._waiting):
+            self._sum_up(name)
+        names: dict[str, list[str]] = {}
+        for name, owner in self._owners.items():
+            names.setdefault(owner, []).append(name)
+        return [(group, self._moments[owner]) for owner, group in names.items()]
+
+    def by_name(self) -> dict[str, Moments]:
+        """The moments of each module that was reached."""
+        return {name: moments for group, moments in self.groups() for name in group}
+
+
 def step_moments(walk: LayerWalk, step: int, modules: Mapping[str, nn.Module]) -> dict[str, Moments]:
     """Second moments of what enters modules inside a step, over all batches of a walk; the step is left.
 
@@ -94,40 +176,14 @@ def step_moments(walk: LayerWalk, step: int, modules: Mapping[str, nn.Module]) -
     Returns:
         Name to moments; modules that were not reached are left out.
     """
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
-    waiting: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
-    moments: dict[str, Moments] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            seen[name].append(args[0].detach())
-
-        return hook
-
-    def add(name: str) -> None:
-        if waiting[name]:
-            features = torch.cat(waiting[name])
-            moments.setdefault(name, Moments.zeros(features.shape[1], features.device)).add(features)
-            waiting[name].clear()
-
-    handles = [module.register_forward_pre_hook(keep(name)) for name, module in modules.items()]
-    try:
-        for number, batch in enumerate(walk.batches):
+    inputs = InputMoments(modules)
+    for number, batch in enumerate(walk.batches):
+        with inputs.watched(batch, decoder=modules if walk.is_decoder(step) else ()):
             after = walk.run(step, number)
-            if after is not None:
-                walk.hidden[number] = after
-            for name, calls in seen.items():
-                waiting[name] += [real_tokens(features, batch, decoder=walk.is_decoder(step)) for features in calls]
-                calls.clear()
-                if sum(map(len, waiting[name])) >= _TOKENS:
-                    add(name)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in modules:
-        add(name)
+        if after is not None:
+            walk.hidden[number] = after
     walk.leave(step, walk.hidden)
-    return moments
+    return inputs.by_name()
 
 
 def output_gradients(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hfcompress.anatomy.sites import linear_features
 from hfcompress.checkpoints.grids import Grid, Scheme
 
 _TRITS = 5  # 3^5 = 243 numbers fit into a byte
@@ -214,11 +215,7 @@ def put_packed(model: nn.Module, schemes: Mapping[str, str], *, dtype: torch.dty
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear | Conv1D):
             raise ValueError(f"the checkpoint says {name} is quantized, but the model has no linear layer of that name")
-        inputs, outputs = (
-            (linear.weight.shape[0], linear.weight.shape[1])
-            if isinstance(linear, Conv1D)
-            else (linear.in_features, linear.out_features)
-        )
+        inputs, outputs = linear_features(linear)
         packed = PackedLinear(
             Scheme.parse(scheme),
             inputs,

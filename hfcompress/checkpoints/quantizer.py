@@ -27,7 +27,7 @@ METHOD = "hfcompress"
 VERSION = 1
 
 # LLM.int8 (Dettmers et al. 2022) with its outlier threshold; NF4, FP4 and double quantization (Dettmers et al. 2023).
-BITSANDBYTES: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True, "llm_int8_threshold": 6.0},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
     "nf4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -64,7 +64,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.version = version
         self.modules = dict(modules or {})
-        for scheme in {*map(str, self.modules.values())} - BITSANDBYTES.keys():
+        for scheme in {*map(str, self.modules.values())} - PRESETS.keys():
             Scheme.parse(scheme)
         for name in (scale_dtype, compute_dtype):
             if name not in ("float16", "bfloat16", "float32"):
@@ -74,7 +74,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def bitsandbytes(self, preset: str) -> BitsAndBytesConfig:
         """The settings of bitsandbytes for some layers."""
-        return BitsAndBytesConfig(**BITSANDBYTES[preset], bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype))
+        return BitsAndBytesConfig(**PRESETS[preset], bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype))
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -108,7 +108,7 @@ class PackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Where a layer of bitsandbytes is, it has to be installed."""
-        if BITSANDBYTES.keys() & {*self.quantization_config.modules.values()}:
+        if PRESETS.keys() & {*self.quantization_config.modules.values()}:
             super().validate_environment(*args, **kwargs)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
@@ -124,13 +124,13 @@ class PackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         # See `get_state_dict_and_metadata`.
         model._keys_to_ignore_on_load_unexpected = {
             *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-            *(rf"(^|\.){re.escape(name)}\.weight$" for name in modules if modules[name] not in BITSANDBYTES),
+            *(rf"(^|\.){re.escape(name)}\.weight$" for name in modules if modules[name] not in PRESETS),
         }
-        packed = {name: scheme for name, scheme in modules.items() if scheme not in BITSANDBYTES}
+        packed = {name: scheme for name, scheme in modules.items() if scheme not in PRESETS}
         dtype = getattr(model, "dtype", torch.float32)
         put_packed(model, packed, dtype=dtype, scale_dtype=getattr(torch, config.scale_dtype))
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-        for preset in sorted(BITSANDBYTES.keys() & {*modules.values()}):
+        for preset in sorted(PRESETS.keys() & {*modules.values()}):
             others = [f"^{re.escape(name)}$" for name in linears if modules.get(name) != preset]
             replace_with_bnb_linear(
                 model,
@@ -143,10 +143,10 @@ class PackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         # What is saved has the names and forms that the layers have now; transformers cannot turn this step round.
         model._weight_conversions = [
             conversion
-            for conversion in model._weight_conversions
+            for conversion in getattr(model, "_weight_conversions", None) or ()
             if not any(isinstance(operation, _Deserialize) for operation in getattr(conversion, "operations", ()))
         ]
-        written = BITSANDBYTES.keys() & {*self.quantization_config.modules.values()}
+        written = PRESETS.keys() & {*self.quantization_config.modules.values()}
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = bool(written - {"int8"}), "int8" in written  # type: ignore[assignment]
         return model
 
@@ -203,9 +203,3 @@ def _named(model: Any, modules: Mapping[str, str]) -> dict[str, str]:
             "folder as it was saved"
         )
     return found
-
-
-def settings_of(model: nn.Module) -> PackedConfig:
-    """What the config of a model says of its packed layers."""
-    schemes = {name: module.scheme.name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    return PackedConfig(schemes)

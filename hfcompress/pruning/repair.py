@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
-from hfcompress.calibration import Batch, LayerWalk, linear_weight, real_tokens
+from hfcompress.calibration import Batch, LayerWalk, linear_weight, real_tokens, set_linear_weight
 
 
 def repair(
@@ -144,10 +143,9 @@ def _refit(
         raise ValueError(
             "activations are not finite: the model or the calibration data is broken; nothing was repaired"
         )
-    with torch.no_grad():
-        fresh = solution[:inputs].T
-        reader.weight.copy_((fresh.T if isinstance(reader, Conv1D) else fresh).to(weight.dtype))  # type: ignore[operator, union-attr]
-        if bias is not None:
+    set_linear_weight(reader, solution[:inputs].T)
+    if bias is not None:
+        with torch.no_grad():
             bias.copy_(solution[inputs].to(bias.dtype))
 
 

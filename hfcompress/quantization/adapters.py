@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hfcompress.calibration import linear_weight
 from hfcompress.checkpoints.adapters import base_of, read_config, require_peft
 from hfcompress.checkpoints.io import load
+from hfcompress.checkpoints.packed import as_source
+from hfcompress.checkpoints.quantizer import PRESETS
 from hfcompress.checkpoints.record import add_step
-from hfcompress.quantization.presets import PRESETS
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -246,7 +248,7 @@ def _chosen(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 def _original(full: nn.Module, name: str) -> torch.Tensor:
     """The weight of a layer before quantization; shape (outputs, inputs), float32."""
     try:
-        return _weight_of(full.get_submodule(name))
+        return linear_weight(full.get_submodule(name)).float()
     except AttributeError:
         raise ValueError(f"the full model has no {name}; pass the model that was quantized") from None
 
@@ -265,17 +267,12 @@ def _bits(module: nn.Module) -> int:
     return {"Linear8bitLt": 8, "Linear4bit": 4}.get(kind, 0)
 
 
-def _weight_of(module: Any) -> torch.Tensor:
-    weight = module.weight.detach().float()
-    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
-
-
 def _values(base: Any) -> torch.Tensor:
     """What a quantized layer multiplies with; shape (outputs, inputs), float32."""
     import bitsandbytes as bnb
 
     if _bits(base) == 0:
-        return _weight_of(base)
+        return linear_weight(base).float()
     weight = base.weight
     if _bits(base) == 4:
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).reshape(weight.quant_state.shape).float()
@@ -375,12 +372,9 @@ def _to_float(model: nn.Module) -> int:
 
 def _float_layer(base: Any, weight: torch.Tensor) -> nn.Module:
     """A layer of the kind that was there before quantization; `weight` has the shape (outputs, inputs)."""
-    source = getattr(base, "source_cls", type(base))
-    turned = issubclass(source, Conv1D)
     with torch.device("meta"):
-        rows, columns = weight.shape
-        layer: Any = Conv1D(rows, columns) if turned else nn.Linear(columns, rows, bias=base.bias is not None)
-    layer.weight = nn.Parameter((weight.T.contiguous() if turned else weight).float())
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None)
+    layer.weight = nn.Parameter(weight.float())
     if base.bias is not None:
         layer.bias = nn.Parameter(base.bias.detach().float())
-    return layer
+    return as_source(layer, getattr(base, "source_cls", type(base)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hfcompress.calibration import linear_weight
+from hfcompress.calibration import linear_weight, set_linear_weight
 from hfcompress.quantization.fitting import Fit
 from hfcompress.quantization.formats import Format, Rounded, format_of
 
@@ -41,49 +41,35 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-class RoundedWeight:
-    """What an aware layer does with its weight; it has no state, so a checkpoint is that of the plain model.
-
-    Attributes:
-        form: How the weight will be written; None leaves it whole.
-    """
-
-    def __init__(self, form: Format | None) -> None:
-        self.form = form
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """The rounded weight, shape (outputs, inputs); its gradient is passed on as it is (straight-through: Bengio et al. 2013)."""
-        if self.form is None or weight.numel() == 0:
-            return weight
-        rounded: torch.Tensor = _StraightThrough.apply(weight, self.form)
-        return rounded
-
-    def rounded(self, weight: torch.Tensor) -> Rounded:
-        """The same weights as they are written in the end."""
-        assert self.form is not None
-        weight = weight.float()
-        grid = self.form.fit(weight, fit=training_fit(self.form))
-        return Rounded(self.form, grid, grid.encode(weight))
+def _rounded(weight: torch.Tensor, form: Format | None) -> torch.Tensor:
+    """A weight, shape (outputs, inputs), rounded; its gradient is passed on as it is (straight-through: Bengio et al. 2013)."""
+    if form is None or weight.numel() == 0:
+        return weight
+    rounded: torch.Tensor = _StraightThrough.apply(weight, form)
+    return rounded
 
 
 class AwareLinear(nn.Linear):
-    """A linear layer that multiplies with its rounded weights. Its parameters are those of the plain layer."""
+    """A linear layer that multiplies with its rounded weights.
 
-    rounding: RoundedWeight
+    It has no state of its own, and its parameters are those of the plain layer: a checkpoint is that of the plain model.
+    """
+
+    form: Format | None  # how the weight will be written; None leaves it whole
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs times the rounded weights, plus bias."""
-        return F.linear(inputs, self.rounding(self.weight), self.bias)
+        return F.linear(inputs, _rounded(self.weight, self.form), self.bias)
 
 
 class AwareConv1D(Conv1D):
     """The same for transformers' Conv1D."""
 
-    rounding: RoundedWeight
+    form: Format | None  # how the weight will be written; None leaves it whole
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs times the rounded weights, plus bias."""
-        return F.linear(inputs, self.rounding(self.weight.T), self.bias)
+        return F.linear(inputs, _rounded(self.weight.T, self.form), self.bias)
 
 
 _AWARE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: AwareLinear, Conv1D: AwareConv1D}
@@ -121,7 +107,7 @@ def make_aware(model: nn.Module, formats: Mapping[str, str | None]) -> None:
             if type(module) not in _AWARE:
                 raise ValueError(f"{name} is a {type(module).__name__}, not a plain linear layer")
             module.__class__ = _AWARE[type(module)]
-        module.rounding = RoundedWeight(form)
+        module.form = form
 
 
 def round_aware(model: nn.Module) -> dict[str, Rounded]:
@@ -130,13 +116,13 @@ def round_aware(model: nn.Module) -> dict[str, Rounded]:
     rounded = {}
     for name, module in model.named_modules():
         if isinstance(module, AwareLinear | AwareConv1D):
-            rounding = module.rounding
-            del module.rounding
+            form = module.form
+            del module.form
             module.__class__ = plain[type(module)]
-            if rounding.form is None or module.weight.numel() == 0:
+            if form is None or module.weight.numel() == 0:
                 continue
-            rounded[name] = rounding.rounded(linear_weight(module))
-            weight = rounded[name].weight().to(module.weight.dtype)
-            with torch.no_grad():
-                module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
+            weight = linear_weight(module).float()
+            grid = form.fit(weight, fit=training_fit(form))
+            rounded[name] = Rounded(form, grid, grid.encode(weight))
+            set_linear_weight(module, rounded[name].weight())
     return rounded

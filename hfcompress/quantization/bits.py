@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,21 +11,21 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hfcompress.anatomy.sites import linear_features
 from hfcompress.calibration import (
     Batch,
-    Moments,
+    InputMoments,
     count_examples,
     divergence,
     frozen,
     linear_weight,
     output_gradients,
     prediction_mask,
-    real_tokens,
     to_device,
 )
 from hfcompress.knapsack import Option, solve_exactly
 from hfcompress.quantization.calibrated import round_at_once
-from hfcompress.quantization.formats import format_of, linear_shape
+from hfcompress.quantization.formats import format_of
 from hfcompress.quantization.layers import layers_to_quantize
 
 By = Literal["fisher", "divergence"]
@@ -152,7 +152,7 @@ def bit_costs(
 
 def size_bytes(linear: nn.Module, form: str) -> int:
     """Bytes on disk of the weight of a linear layer in a format, or in float32, float16 or bfloat16."""
-    outputs, inputs = linear_shape(linear)
+    inputs, outputs = linear_features(linear)
     return FLOATS[form] * outputs * inputs if form in FLOATS else format_of(form).size_bytes(outputs, inputs)
 
 
@@ -250,7 +250,7 @@ def _groups(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
     group: dict[str, nn.Module] = {}
     room = _SECOND_MOMENTS_BYTES
     for name, module in modules.items():
-        outputs, inputs = linear_shape(module)
+        inputs, outputs = linear_features(module)
         needed = 4 * outputs**2 + 12 * inputs**2  # of inputs the sums as well, in float64
         if group and needed > room:
             yield group
@@ -264,27 +264,14 @@ def _input_moments(
     model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Batch]
 ) -> dict[str, torch.Tensor]:
     """Second moments of what enters layers, a mean over real tokens, float32; those that read the same tensor share one."""
-    sums: dict[str, Moments] = {}
-    same: dict[str, str] = {}  # queries, keys and values read the same
-    alive: dict[int, tuple[str, torch.Tensor]] = {}  # an id is that of one tensor only while it lives
-
-    def add(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            first, tensor = alive.setdefault(id(args[0]), (name, args[0]))
-            if same.setdefault(name, first) == name:
-                features = real_tokens(tensor.detach(), batch, decoder="decoder" in name.split("."))
-                sums.setdefault(name, Moments.zeros(features.shape[1], features.device)).add(features)
-
-        return hook
-
-    with ExitStack() as stack, frozen(model), torch.no_grad():
-        for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(add(name)).remove)
+    inputs = InputMoments(modules)
+    decoder = {name for name in modules if "decoder" in name.split(".")}
+    with frozen(model), torch.no_grad():
         for batch in batches:
-            model(**to_device(batch, model))
-            alive.clear()
-    means = {name: moments.second_moment().float() for name, moments in sums.items()}
-    return {name: means[source] for name, source in same.items()}
+            with inputs.watched(batch, decoder=decoder):
+                model(**to_device(batch, model))
+    means = ((names, moments.second_moment().float()) for names, moments in inputs.groups())
+    return {name: mean for names, mean in means for name in names}
 
 
 def _measured(

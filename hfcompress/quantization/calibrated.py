@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
-from hfcompress.calibration import Batch, LayerWalk, Moments, linear_weight, real_tokens
+from hfcompress.calibration import Batch, InputMoments, LayerWalk, Moments, linear_weight, set_linear_weight
 from hfcompress.quantization.fitting import Fit
 from hfcompress.quantization.formats import Rounded, format_of
 from hfcompress.quantization.kept import KeptLayers
@@ -24,14 +20,6 @@ from hfcompress.quantization.rounding import Sweep, round_columns
 logger = logging.getLogger(__name__)
 
 _DAMPING = 0.01
-
-
-@dataclass
-class _Input:
-    """What enters some linear layers: queries, keys and values read the same."""
-
-    names: list[str]
-    moments: Moments
 
 
 def round_at_once(model: nn.Module, formats: Mapping[str, str], *, fit: Fit = "min-max") -> dict[str, Rounded]:
@@ -51,7 +39,7 @@ def round_at_once(model: nn.Module, formats: Mapping[str, str], *, fit: Fit = "m
         weight = linear_weight(linear).float()
         grid = form.fit(weight, fit=fit)
         rounded[name] = Rounded(form, grid, grid.encode(weight))
-        _set_weight(linear, rounded[name].weight())
+        set_linear_weight(linear, rounded[name].weight())
     return rounded
 
 
@@ -101,12 +89,12 @@ def round_on_data(
             done = {}
             groups = _look(walk, step, inside)
             while groups:
-                done |= _round_group(inside, groups.pop(), formats, fit, damping, by_activation)
+                done |= _round_group(inside, *groups.pop(), formats, fit, damping, by_activation)
             _give_back_memory()
             if kept is not None:
                 kept.write(step, done)
         for name, layer_rounded in done.items():
-            _set_weight(inside[name], layer_rounded.weight())
+            set_linear_weight(inside[name], layer_rounded.weight())
         rounded |= done
         logger.debug("rounded %s", label)
         walk.leave(step)
@@ -121,51 +109,29 @@ def _inside(model: nn.Module, layer: nn.Module, formats: Mapping[str, str]) -> d
     return {name: module for name, module in found.items() if id(module) in here}
 
 
-def _look(walk: LayerWalk, step: int, modules: Mapping[str, nn.Module]) -> list[_Input]:
+def _look(walk: LayerWalk, step: int, modules: Mapping[str, nn.Module]) -> list[tuple[list[str], Moments]]:
     """Second moments of what enters modules of a step that is not rounded yet; those that read one tensor together."""
-    found: dict[str, _Input] = {}
-    owners: dict[str, str] = {}  # of each module the first that reads the same
-    tensors: dict[
-        int, tuple[str, torch.Tensor]
-    ] = {}  # who read one first; it is kept, for an id is its own while it lives
-    batch: Batch = {}
-
-    def see(name: str, tensor: torch.Tensor) -> None:
-        owner = owners.setdefault(name, tensors.setdefault(id(tensor), (name, tensor))[0])
-        if owner != name:
-            if name not in found[owner].names:
-                found[owner].names.append(name)
-            return
-        # At once: some layers change their input in place afterwards.
-        features = real_tokens(tensor.detach(), batch, decoder=walk.is_decoder(step))
-        if name not in found:
-            found[name] = _Input([name], Moments.zeros(features.shape[1], features.device))
-        found[name].moments.add(features)
-
-    with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
-            handle = module.register_forward_pre_hook(lambda _module, args, name=name: see(name, args[0]))
-            stack.callback(handle.remove)
-        for number in range(len(walk.batches)):
-            batch = walk.batches[number]
+    inputs = InputMoments(modules)
+    for number, batch in enumerate(walk.batches):
+        with inputs.watched(batch, decoder=modules if walk.is_decoder(step) else ()):
             walk.run(step, number)
-            tensors.clear()
-    return list(found.values())
+    return inputs.groups()
 
 
 def _round_group(
     modules: Mapping[str, nn.Module],
-    group: _Input,
+    names: Sequence[str],
+    moments: Moments,
     formats: Mapping[str, str],
     fit: Fit,
     damping: float,
     by_activation: bool,
 ) -> dict[str, Rounded]:
     """Round layers that read the same inputs, of which nothing is left."""
-    moment = group.moments.products.div_(group.moments.count)
+    moment = moments.products.div_(moments.count)
     sweep = Sweep.of(moment, damping=damping, by_activation=by_activation)
     rounded = {}
-    for name in group.names:
+    for name in names:
         linear, form = modules[name], format_of(formats[name])
         weight = linear_weight(linear).float()
         grid = form.fit(weight, fit=fit, importance=moment.diagonal().float())
@@ -177,8 +143,3 @@ def _give_back_memory() -> None:
     """Give to the system what glibc keeps for later: after each layer it would keep as much again."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def _set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
-    with torch.no_grad():
-        linear.weight.copy_(weight.T if isinstance(linear, Conv1D) else weight)  # type: ignore[operator, union-attr]

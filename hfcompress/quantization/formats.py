@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hfcompress.checkpoints.grids import Grid, Scheme
 from hfcompress.checkpoints.packed import PackedLinear, packed_bytes
-from hfcompress.checkpoints.quantizer import BITSANDBYTES
+from hfcompress.checkpoints.quantizer import PRESETS
 from hfcompress.quantization.fitting import Fit, fit_grid
 
 SCALE_DTYPE = torch.float16  # of packed layers
@@ -53,7 +52,7 @@ class Format:
     @property
     def bitsandbytes(self) -> bool:
         """Whether bitsandbytes has it."""
-        return self.name in BITSANDBYTES
+        return self.name in PRESETS
 
     def fit(self, weight: torch.Tensor, *, fit: Fit, importance: torch.Tensor | None = None) -> Grid:
         """The grid for a matrix of shape (outputs, inputs); see `fit_grid`. Its scales are those that will be read from disk."""
@@ -176,16 +175,10 @@ def format_of(name: str) -> Format:
     """
     if name == "int8":
         return Format(name, Scheme.parse("int8-channel"))
-    if name in BITSANDBYTES:
+    if name in PRESETS:
         return Format(name, Scheme.parse(name.removesuffix("-dq")))
     scheme = Scheme.parse(name)
     return Format(scheme.name, scheme)
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer, also of transformers' Conv1D."""
-    outputs, inputs = module.weight.shape  # type: ignore[operator, union-attr]
-    return (inputs, outputs) if isinstance(module, Conv1D) else (outputs, inputs)
 
 
 def _nested(grid: Grid) -> NestedGrid:
@@ -209,7 +202,7 @@ def _int8_layer(grid: Grid, codes: torch.Tensor) -> Any:
             outputs,
             False,
             has_fp16_weights=False,
-            threshold=BITSANDBYTES["int8"]["llm_int8_threshold"],
+            threshold=PRESETS["int8"]["llm_int8_threshold"],
         )
     layer.weight = bnb.nn.Int8Params(
         weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=grid.scale * float(grid.levels[-1])

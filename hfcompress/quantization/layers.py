@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from hfcompress.checkpoints.quantizer import BITSANDBYTES, PackedConfig
+from hfcompress.checkpoints.quantizer import PRESETS, PackedConfig
 from hfcompress.checkpoints.record import add_step
 from hfcompress.quantization.formats import Rounded
 from hfcompress.quantization.presets import make_config, modules_to_skip
@@ -58,18 +58,13 @@ def put_rounded(
     written = {*names.values()}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     skipped = sorted(name for name in linears if name not in rounded)
-    if len(written) == 1 and written <= BITSANDBYTES.keys():
+    if len(written) == 1 and written <= PRESETS.keys():
         config = make_config(next(iter(written)), skip=skipped, dtype=compute)
     else:
         config = PackedConfig(names, compute_dtype=str(compute).removeprefix("torch."))
-    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
-    model.config.quantization_config = config
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    if BITSANDBYTES.keys() & written:
-        model.is_loaded_in_4bit = any(name != "int8" for name in BITSANDBYTES.keys() & written)
-        model.is_loaded_in_8bit = "int8" in written
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    model.hf_quantizer.postprocess_model(model)
 
 
 def note_step(model: PreTrainedModel, rounded: Mapping[str, Rounded], **details: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hfcompress.anatomy import StructureError, family_of
 from hfcompress.anatomy.sites import find_stacks, linear_features
-
-# LLM.int8 (Dettmers et al. 2022) with its outlier threshold; NF4, FP4 and double quantization (Dettmers et al. 2023).
-PRESETS: dict[str, dict[str, Any]] = {
-    "int8": {"load_in_8bit": True, "llm_int8_threshold": 6.0},
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
-    "nf4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
-    "fp4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
-}
+from hfcompress.checkpoints.quantizer import PRESETS
 
 
 def modules_to_skip(model: nn.Module, *, also: Sequence[str] = ()) -> list[str]:

@@ -15,6 +15,7 @@ from hfcompress.hub import save_probe, verify_folder, write_card
 from hfcompress.hub.card import RESULTS_FILE
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import provenance
+from hfcompress.quantization.bits import FLOATS
 from hfcompress.quantization.calibrated import round_at_once, round_on_data
 from hfcompress.quantization.formats import format_of
 from hfcompress.quantization.layers import layers_to_quantize, note_step, put_rounded
@@ -22,8 +23,6 @@ from hfcompress.runs.examples import Examples, read_examples
 from hfcompress.runs.processors import copy_processor
 
 logger = logging.getLogger(__name__)
-
-WHOLE = ("float32", "bfloat16", "float16")  # how an assignment says that a layer stays as it is
 
 
 def quantize_folder(
@@ -101,7 +100,7 @@ def _formats(model: Any, written: str | Mapping[str, str], skip: tuple[str, ...]
         formats = dict.fromkeys(layers_to_quantize(model, skip=skip), written)
     else:
         allowed = set(layers_to_quantize(model))
-        formats = {name: form for name, form in written.items() if form not in WHOLE}
+        formats = {name: form for name, form in written.items() if form not in FLOATS}
         for name, form in formats.items():
             if name not in allowed:
                 raise ValueError(f"{name} is no linear layer of {type(model).__name__} that can be quantized")
