@@ -178,7 +178,7 @@ def test_stopping_is_no_error(monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hfcompress.cli.main._verify", stop)
+    monkeypatch.setattr("hfcompress.cli.verify.run", stop)
     assert main(["verify", "x"]) == 130
     assert capsys.readouterr().err == "hfcompress: stopped\n"
 

@@ -174,7 +174,7 @@ def test_inspect_says_what_is_left_of_layers_and_features(tmp_path, capsys):
 
 
 def test_messages_name_options_and_leave_file_names_alone(tmp_path, fail, monkeypatch):
-    from hfcompress.cli.main import _as_options
+    from hfcompress.cli.arguments import _as_options
 
     said = {
         "data.train: 'data.train.csv' is gone": "--data: 'data.train.csv' is gone",
