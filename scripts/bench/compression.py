@@ -60,10 +60,10 @@ RUNS = RESULTS / "compression"
 
 # What the teachers had: epochs and learning rates of the same order.
 TASKS: dict[str, dict[str, Any]] = {
-    "sst2": {"num_train_epochs": 1, "learning_rate": 2e-4, "warmup_steps": 100},
-    "banking77": {"num_train_epochs": 5, "learning_rate": 3e-4, "warmup_steps": 100},
+    "sst2": {"num_train_epochs": 1, "learning_rate": 5e-4, "warmup_steps": 100},
+    "banking77": {"num_train_epochs": 5, "learning_rate": 5e-4, "warmup_steps": 100},
 }
-DISTILL = {"task": {"weight": 0.5}, "logits": {"weight": 0.5, "temperature": 2.0}}
+DISTILL = {"task": {"weight": 0.5}, "logits": {"weight": 0.5, "temperature": 2.0}, "hidden": {"weight": 10.0}}
 TRAIN = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
@@ -346,12 +346,14 @@ def measure(options: argparse.Namespace, teacher: Any, student: Any, task: Any, 
 def summarize() -> None:
     """One table over all runs: mean and range over seeds."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("*.json"))]
-    groups: dict[tuple[str, float, str, float], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, float, str, float, float], list[dict[str, Any]]] = {}
     for one in runs:
-        key = (one["task"], one["target"], one["method"], one["recipe"]["train"]["learning_rate"])
+        recipe = one["recipe"]
+        hidden = recipe.get("distill", {}).get("hidden", {}).get("weight", 0.0)
+        key = (one["task"], one["target"], one["method"], recipe["train"]["learning_rate"], hidden)
         groups.setdefault(key, []).append(one)
     table = []
-    for (task, target, method, learning_rate), members in sorted(groups.items()):
+    for (task, target, method, learning_rate, hidden), members in sorted(groups.items()):
         value = {name: [m["figures"][name]["value"] for m in members] for name in members[0]["figures"]}
         goal = GOALS[task].get(target)
         share = statistics.mean(value["share_of_teacher"])
@@ -361,6 +363,7 @@ def summarize() -> None:
                 "target": target,
                 "method": method,
                 "learning_rate": learning_rate,
+                "hidden_weight": hidden,
                 "seeds": [m["seed"] for m in members],
                 "accuracy": value["accuracy"],
                 "mean_accuracy": statistics.mean(value["accuracy"]),
@@ -376,13 +379,13 @@ def summarize() -> None:
         )
     (RESULTS / "compression.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     print(
-        f"{'task':<10} {'target':>6}  {'method':<19} {'rate':>6} {'seeds':>5} {'accuracy':>9} {'of teacher':>10} {'goal':>6}  speedup"
+        f"{'task':<10} {'target':>6}  {'method':<19} {'rate':>6} {'hidden':>6} {'seeds':>5} {'accuracy':>9} {'of teacher':>10} {'goal':>6}  speedup"
     )
     for row in table:
         goal = "" if row["goal"] is None else f"{100 * row['goal']:.1f}"
         speeds = ", ".join(f"{speed:.2f}x" for speed in row["layers_speedup"])
         print(
-            f"{row['task']:<10} {row['target']:>5g}x  {row['method']:<19} {row['learning_rate']:>6.0e} {len(row['seeds']):>5} "
+            f"{row['task']:<10} {row['target']:>5g}x  {row['method']:<19} {row['learning_rate']:>6.0e} {row['hidden_weight']:>6g} {len(row['seeds']):>5} "
             f"{row['mean_accuracy']:>9.2f} {100 * row['share_of_teacher']:>10.2f} {goal:>6}  {speeds}"
         )
 
