@@ -10,12 +10,15 @@ from collections.abc import Sequence
 import hfcompress
 from hfcompress.cli import (
     cache_teacher,
+    check,
+    compare,
     export,
     inspect,
     measure,
     prune,
     push,
     quantize,
+    report,
     run,
     sensitivity,
     student,
@@ -31,6 +34,9 @@ _COMMANDS = (
     sensitivity,
     measure,
     inspect,
+    report,
+    compare,
+    check,
     quantize,
     export,
     vocabulary,
@@ -46,6 +52,9 @@ examples:
   hfcompress student ./bert-sst2 ./three-layers --layers 3
   hfcompress inspect ./runs/bert-sst2/student        what is left in each layer
   hfcompress measure ./runs/bert-sst2/student        size and latency
+  hfcompress report ./runs/bert-sst2                 all of it on one page
+  hfcompress compare ./runs/bert-sst2 ./runs/other
+  hfcompress check ./runs/bert-sst2/student --max-drop 1.0 --min-speedup 1.8
   hfcompress quantize ./runs/bert-sst2/student --preset nf4
   hfcompress export ./runs/bert-sst2/student --format openvino-int8 --data train.csv --measure
   hfcompress vocabulary ./runs/bert-sst2/student --data train.csv --output ./smaller
@@ -78,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet()
     try:
         return int(options.function(options))
-    except KeyboardInterrupt:
-        sys.stderr.write("hfcompress: stopped\n")
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"hfcompress: {str(error) or 'stopped'}\n")
         return 130
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         if os.environ.get("HFCOMPRESS_DEBUG"):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from typing import Any
 
 from hfcompress.cli.arguments import add_command
@@ -20,6 +19,7 @@ def add(commands: Any) -> None:
         """\
 A recipe is one YAML file: model, data, how to prune and distil, what to quantize. The run fine-tunes a teacher if the recipe
 names none, compresses, loads everything again in a fresh process, and prints one table. Started again, it goes on where it was.
+With a section `contract` the exit status is 0 where a model keeps it, 1 where all fail, and 3 where that cannot be decided.
 
 examples:
   hfcompress run recipe.yaml
@@ -37,11 +37,13 @@ examples:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from hfcompress.config import Recipe
+    from hfcompress.hub.contract import EXIT_STATUS
     from hfcompress.hub.picture import draw_layers
+    from hfcompress.measurement.provenance import command_line
     from hfcompress.runs import Run, format_rows
 
     recipe = Recipe.from_yaml(options.recipe, overrides=options.overrides)
-    command = shlex.join(["hfcompress", "run", options.recipe, *options.overrides])
+    command = command_line(["hfcompress", "run", options.recipe, *options.overrides])
     run = Run(recipe, command=command, restart=options.restart)
     rows = run.run()
     if rows is None:
@@ -54,4 +56,7 @@ def run(options: argparse.Namespace) -> int:
             print(draw_layers(units, layers=layers), end="\n\n")
     print(format_rows(rows))
     print(f"\nReady to push: {student if student.is_dir() else run.output} (hfcompress push FOLDER user/name)")
-    return 0
+    if recipe.contract is not None:
+        print(f"Contract: {run.verdict}")
+    print(f"On one page: hfcompress report {run.output}")
+    return EXIT_STATUS[run.verdict]

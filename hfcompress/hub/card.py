@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
-import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,32 @@ import hfcompress
 from hfcompress.checkpoints.adapters import ADAPTER_FILE, read_config
 from hfcompress.checkpoints.portable import MODELING_FILE
 from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units
-from hfcompress.hub.picture import draw_layers, save_layers_picture
+from hfcompress.hub.contract import contract_of, describe, judge, verdict
+from hfcompress.hub.picture import draw_layers, save_curves_picture, save_layers_picture, save_tradeoff_picture
+from hfcompress.hub.results import (
+    RESULTS_FILE,
+    base_name,
+    class_changes,
+    command_without_paths,
+    public_name,
+    read_results,
+    repository_of,
+    words_of_data,
+    words_of_lineage,
+    words_of_row,
+    words_of_rows,
+    words_of_score,
+    words_of_steps,
+)
 from hfcompress.hub.verify import RouteCheck, is_4bit, is_packed
-from hfcompress.measurement.metrics import PERCENTAGES
 
-RESULTS_FILE = "results.json"
+__all__ = ["PICTURE_FILE", "RESULTS_FILE", "read_results", "write_card"]
+
 PICTURE_FILE = "layers.png"
+TRADEOFF_FILE = "tradeoff.png"
+CURVES_FILE = "curves.png"
+SHOWN_CLASSES = 10
 _TEMPLATE = Path(__file__).with_name("card_template.md")
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w.-]*")
 _PIPELINES = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -79,61 +98,92 @@ def write_card(
     folder = Path(folder)
     config = read_config(folder)
     results = read_results(folder)
-    steps = [step for step in read_steps(config) if isinstance(step.get("step"), str)]
-    units = read_units(config) or _units_of_steps(steps)
-    if units:
-        save_layers_picture(units, folder / PICTURE_FILE, layers=read_layers(config))
+    steps = steps_of(config)
+    units = units_of(config)
     name = (repo_id or results.get("name") or folder.resolve().name).rpartition("/")[2]
     base_model = base_model or results.get("base_model")
+    rows = results.get("rows", [])
+    own = next((row for row in rows if row.get("folder") == "."), None)
+    clauses = judge(contract_of(results), own) if own and results.get("contract") else []
+    classes = class_changes(rows[0], own) if own and own is not rows[0] else []
     card = ModelCard.from_template(
         _card_data(config, results, name=name, steps=steps, base_model=base_model, metadata=metadata),
         template_path=str(_TEMPLATE),
         title=name,
-        summary=_summary(config, steps, units),
-        rows=[_row(row) for row in results.get("rows", [])],
-        steps=[_describe(step) for step in steps] or ["Nothing yet."],
-        picture=PICTURE_FILE if units else None,
+        summary=summarize(config),
+        rows=[_cells(words_of_row(row)) for row in rows],
+        effects=[_cells(effect) for effect in words_of_steps(rows)] if len(rows) > 2 else [],
+        clauses=[describe(clause) for clause in clauses],
+        verdict=verdict(clauses),
+        classes=[{**each, "name": _cell(each["name"])} for each in classes[:SHOWN_CLASSES]],
+        class_count=len(classes),
+        steps=describe_steps(steps),
+        pictures=_draw(folder, config, results),
         units=draw_layers(units, layers=read_layers(config)) if units else None,
-        ways=_ways(folder, config, repo_id or f"path/to/{name}"),
+        ways=ways_to_load(folder, config, repo_id or f"path/to/{name}"),
         checks=", ".join(
             f"{check.route} {check.difference:.1g}" for check in checks or [] if check.difference is not None
         ),
-        base_model=_repository(base_model) or "not said",
-        teacher=next((_public(s.get("teacher")) for s in reversed(steps) if s["step"] == "distill"), "none"),
-        data=_data(results),
+        base_model=repository_of(base_model) or base_name(results),
+        teacher=teacher_of(steps),
+        data=words_of_data(results),
+        licences=words_of_lineage(results),
         scores=", ".join(f"{name} {value:.4g}" for name, value in (scores or {}).items()),
-        command=_without_paths(results.get("command")),
+        command=command_without_paths(results.get("command")),
         version=hfcompress.__version__,
-        **_conditions(results),
+        **words_of_rows(results),
     )
     path = folder / "README.md"
     card.save(path)
     return path
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """The numbers that a run measured; empty if there are none.
+def _cell(text: str) -> str:
+    """A text that stays in its cell of a table in Markdown, and no markup."""
+    words = " ".join(text.split())
+    return html.escape(words, quote=False).replace("|", "\\|").replace("`", "'")
 
-    Raises:
-        ValueError: The file is not a JSON object with a list of rows, or a row lacks a number.
-    """
-    path = folder / RESULTS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not valid JSON; measure the model again") from None
-    if not isinstance(results, dict) or not isinstance(results.get("rows", []), list):
-        raise ValueError(f"{path} must hold an object with a list of rows; measure the model again")
-    try:
-        for row in results.get("rows", []):
-            _row(row)
-        _conditions(results)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} lacks numbers that the card shows ({reason}); measure the model again") from None
-    return results
+
+def _cells(row: Mapping[str, str]) -> dict[str, str]:
+    return {key: _cell(text) for key, text in row.items()}
+
+
+def steps_of(config: Any) -> list[dict[str, Any]]:
+    """The steps of a model's record that say what they are."""
+    return [step for step in read_steps(config) if isinstance(step.get("step"), str)]
+
+
+def units_of(config: Any) -> dict[str, tuple[int, int]]:
+    """Site name to (units left, units before); empty if nothing was pruned."""
+    return read_units(config) or _units_of_steps(steps_of(config))
+
+
+def teacher_of(steps: Sequence[Mapping[str, Any]]) -> str:
+    """What the last distillation learned from."""
+    return next((public_name(step.get("teacher")) for step in reversed(steps) if step["step"] == "distill"), "none")
+
+
+def describe_steps(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """What was done to a model, a sentence a step."""
+    return [_describe(step) for step in steps] or ["Nothing yet."]
+
+
+def _draw(folder: Path, config: Any, results: dict[str, Any]) -> list[dict[str, str]]:
+    """Draw what there is to be drawn; what stands under each picture, and its file."""
+    units, layers, rows = units_of(config), read_layers(config), results.get("rows", [])
+    drawn = []
+    if len(rows) > 1 and all(row.get("metric") for row in rows):
+        points = [
+            (r["name"], r["latency"]["median_ms"], *(r["metric"][k] for k in ("value", "low", "high"))) for r in rows
+        ]
+        save_tradeoff_picture(points, folder / TRADEOFF_FILE, metric=rows[0]["metric"]["name"].replace("_", " "))
+        drawn.append({"text": "Score against latency, with 95 % intervals", "file": TRADEOFF_FILE})
+    if units:
+        save_layers_picture(units, folder / PICTURE_FILE, layers=layers)
+        drawn.append({"text": "What is left in each layer", "file": PICTURE_FILE})
+    if save_curves_picture(results.get("history", {}), folder / CURVES_FILE):
+        drawn.append({"text": "Loss and sparsity in training", "file": CURVES_FILE})
+    return drawn
 
 
 def _units_of_steps(steps: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
@@ -142,7 +192,8 @@ def _units_of_steps(steps: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
     return {name: (pair[0], pair[1]) for name, pair in pruned[-1].get("units", {}).items()} if pruned else {}
 
 
-def _pipeline(config: Any) -> str | None:
+def pipeline_of(config: Any) -> str | None:
+    """The task of a model by its architecture, as the Hub calls it; None where it is not known."""
     architecture, kind = (config.architectures or [""])[0], config.model_type
     for task, names in _BY_MODEL.items():
         if names.get(kind) == architecture:
@@ -153,27 +204,6 @@ def _pipeline(config: Any) -> str | None:
     if reads_text and auto_names.MODEL_MAPPING_NAMES.get(kind) == architecture:
         return "feature-extraction"
     return next((task for ending, task in _PIPELINES.items() if architecture.endswith(ending)), None)
-
-
-def _repository(name: str | None) -> str | None:
-    """A name that can be a repository; a path of this machine cannot, and stays out of the card."""
-    return name if name and _REPOSITORY.fullmatch(name) and not Path(name).exists() else None
-
-
-def _public(name: Any) -> str:
-    """How a model is called in the card: its repository, or the last part of a path of this machine."""
-    return _repository(str(name or "")) or Path(str(name or "")).name or "not said"
-
-
-def _without_paths(command: str | None) -> str | None:
-    """A command line with the absolute paths of this machine shortened to their last part."""
-    if command is None:
-        return None
-    words = []
-    for word in shlex.split(command):
-        key, equals, value = word.rpartition("=")
-        words.append(f"{key}{equals}path/to/{Path(value).name}" if Path(value).is_absolute() else word)
-    return shlex.join(words)
 
 
 def _card_data(
@@ -190,34 +220,51 @@ def _card_data(
     extra = metadata.pop("tags", None) or []
     fields: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": _pipeline(config),
+        "pipeline_tag": pipeline_of(config),
         "tags": list(dict.fromkeys([*tags, *([extra] if isinstance(extra, str) else extra)])),
-        "base_model": _repository(base_model),
+        "base_model": repository_of(base_model),
     }
     if fields["base_model"]:
         fields["base_model_relation"] = "quantized" if "quantize" in done else "finetune"
     fields |= {key: value for key, value in metadata.items() if value is not None}
-    mine = next((row for row in results.get("rows", []) if row.get("folder") == "."), None)
-    dataset = results.get("data", {}).get("name")
-    if mine and dataset and mine.get("metric"):
-        metric = mine["metric"]
-        fields["model_name"] = name
-        fields["eval_results"] = [
-            EvalResult(
-                task_type=fields["pipeline_tag"] or "other",
-                dataset_type=_repository(dataset) or re.sub(r"[^\w.-]+", "-", Path(dataset).name),
-                dataset_name=dataset,
-                metric_type=metric["name"],
-                metric_value=round(metric["value"], 6),
-            )
-        ]
+    evaluated = _eval_results(results, task=fields["pipeline_tag"] or "other")
+    if evaluated:
+        fields |= {"model_name": name, "eval_results": evaluated}
     return ModelCardData(**{key: value for key, value in fields.items() if value is not None})
+
+
+# How the Hub calls them, where it has another word.
+_HUB_METRICS = {"macro_f1": "f1", "rougeL": "rouge", "pearson": "pearsonr"}
+
+
+def _eval_results(results: dict[str, Any], *, task: str) -> list[EvalResult]:
+    """The score of the model in this folder, for the `model-index` of its metadata."""
+    mine = next((row for row in results.get("rows", []) if row.get("folder") == "."), None)
+    data = results.get("data") or {}
+    if not mine or not data.get("name") or not mine.get("metric"):
+        return []
+    metric, dataset = mine["metric"], str(data["name"])
+    source = repository_of(data.get("repository")) or repository_of(dataset)
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=source or re.sub(r"[^\w.-]+", "-", Path(dataset).name),
+            dataset_name=dataset,
+            dataset_config=data.get("config"),
+            dataset_split=data.get("split"),
+            metric_type=_HUB_METRICS.get(metric["name"], metric["name"]),
+            metric_value=round(metric["value"], 6),
+            metric_name=f"{metric['name'].replace('_', ' ')}, n = {metric['n']:,}: {words_of_score(metric)}",
+        )
+    ]
 
 
 _WORDS = {"distill": "distilled", "prune": "pruned", "vocabulary": "cut in vocabulary", "quantize": "quantized"}
 
 
-def _summary(config: Any, steps: list[dict[str, Any]], units: dict[str, tuple[int, int]]) -> str:
+def summarize(config: Any) -> str:
+    """What a model is and what is left of it."""
+    steps, units = steps_of(config), units_of(config)
     done = [_WORDS[step["step"]] for step in steps if step["step"] in _WORDS]
     what = " and ".join(dict.fromkeys(done)) or "saved"
     text = f"A {config.model_type} model, {what} with hfcompress."
@@ -239,58 +286,6 @@ def _summary(config: Any, steps: list[dict[str, Any]], units: dict[str, tuple[in
     return text
 
 
-def _row(row: dict[str, Any]) -> dict[str, str]:
-    metric, latency = row.get("metric"), row["latency"]
-    speedup, layers = row.get("speedup"), row.get("layers_speedup")
-    return {
-        "name": row["name"],
-        "metric": _score(metric) if metric is not None else "not measured",
-        "parameters": f"{row['parameters'] / 1e6:.2f} M",
-        "disk": f"{row['disk_bytes'] / 1e6:.1f}",
-        "latency": f"{latency['median_ms']:.1f} ({latency['p10_ms']:.1f} to {latency['p90_ms']:.1f})",
-        "speedup": f"{speedup['median']:.2f}x" if speedup else "1",
-        "layers": f"{layers['median']:.2f}x" if layers else "1",
-    }
-
-
-def _score(metric: dict[str, Any]) -> str:
-    factor, digits = (100, 2) if metric["name"] in PERCENTAGES else (1, 4)
-    value, low, high = (f"{factor * metric[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def _conditions(results: dict[str, Any]) -> dict[str, str | None]:
-    if not results.get("rows"):
-        return {"metric_label": "", "latency_label": "", "metric_note": "", "latency_note": "", "conditions": None}
-    first = results["rows"][0]
-    metric, latency = first.get("metric"), first["latency"]
-    size = f"batch {latency['batch']}" + (f" x {latency['length']} tokens" if latency.get("length") else "")
-    versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
-    return {
-        "metric_label": f"{metric['name'].replace('_', ' ')}, n = {metric['n']:,}" if metric else "score",
-        "latency_label": size,
-        "metric_note": "In brackets: the 95 % interval.",
-        "latency_note": (
-            f"Latency: median (10th to 90th percentile) of {latency['rounds']} rounds, all models in turn in one process; "
-            "speedups are medians of the ratios round by round, that of the layers without embeddings and head."
-        ),
-        "conditions": (
-            f"On {latency['device']}, {latency['threads']} threads, {size}, {latency['dtype']}; {versions}; "
-            f"seed {results.get('seed')}; {results.get('date')}; commit {results.get('commit') or 'not known'}."
-        ),
-    }
-
-
-def _data(results: dict[str, Any]) -> str:
-    data = results.get("data") or {}
-    if not data:
-        return "not said"
-    uses = (("train_n", "for training"), ("calibration_n", "for calibration"), ("eval_n", "for evaluation"))
-    counts = [f"{data[key]:,} {use}" for key, use in uses if data.get(key) is not None]
-    counts[:1] = [count.replace(" for", " examples for", 1) for count in counts[:1]]
-    return f"{data.get('name')}, {' and '.join(counts)}" if counts else str(data.get("name"))
-
-
 def _describe(step: dict[str, Any]) -> str:
     """One step of the record as a sentence; as it stands where it is none of ours."""
     try:
@@ -310,7 +305,7 @@ def _sentence(step: dict[str, Any]) -> str:
             if step["settings"][n]["weight"] > 0
         ]
         return (
-            f"Distilled from {_public(step['teacher'])} for {step['optimizer_steps']:,} steps: {', '.join(used)}; "
+            f"Distilled from {public_name(step['teacher'])} for {step['optimizer_steps']:,} steps: {', '.join(used)}; "
             f"temperature {step['settings']['logits']['temperature']}."
         )
     if kind == "prune":
@@ -360,8 +355,9 @@ def _pruning_sentence(step: dict[str, Any]) -> str:
     )
 
 
-def _ways(folder: Path, config: Any, name: str) -> list[dict[str, str]]:
-    auto = _AUTO.get(_pipeline(config) or "", "AutoModel")
+def ways_to_load(folder: Path, config: Any, name: str) -> list[dict[str, str]]:
+    """The ways to load what is in a folder, under a name: what each needs, and the code."""
+    auto = _AUTO.get(pipeline_of(config) or "", "AutoModel")
     plain = f"from transformers import {auto}\n"
     if (folder / ADAPTER_FILE).is_file():
         text = (

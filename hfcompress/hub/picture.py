@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -25,8 +26,8 @@ def draw_layers(units: Units, *, layers: Units | None = None) -> str:
         layer      heads                              neurons
         encoder.0  ############............    6/12   ######..................   384/1536
     """
-    units = _with_gone(units, layers or {})
-    names, roles = _grid(units)
+    units = with_gone(units, layers or {})
+    names, roles = layers_and_roles(units)
     width = max([len("layer"), *(len(layer) for layer in names)])
     cells = {name: f"{_bar(*pair)}  {pair[0]:>{_digits(units, name)}}/{pair[1]}" for name, pair in units.items()}
     columns = {role: max(len(cells.get(f"{layer}.{role}", "")) for layer in names) for role in roles}
@@ -37,7 +38,7 @@ def draw_layers(units: Units, *, layers: Units | None = None) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _with_gone(units: Units, layers: Units) -> Units:
+def with_gone(units: Units, layers: Units) -> Units:
     """The units, and after those of each stack empty entries for the layers that are gone, as large as the largest left."""
     drawn: dict[str, tuple[int, int]] = {}
     waiting = dict(layers)
@@ -72,7 +73,8 @@ def _bar(left: int, before: int) -> str:
     return "#" * filled + "." * (_BAR - filled)
 
 
-def _grid(units: Units) -> tuple[list[str], list[str]]:
+def layers_and_roles(units: Units) -> tuple[list[str], list[str]]:
+    """The layers that have sites, and the kinds of units, each in the order in which they come."""
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in units))
     roles = list(dict.fromkeys(name.rpartition(".")[2] for name in units))
     return layers, roles
@@ -92,8 +94,8 @@ def save_layers_picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    units = _with_gone(units, layers or {})
-    names, roles = _grid(units)
+    units = with_gone(units, layers or {})
+    names, roles = layers_and_roles(units)
     figure = Figure(figsize=(4.2 * len(roles), 0.32 * len(names) + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
@@ -118,11 +120,13 @@ def save_layers_picture(
     figure.savefig(path, dpi=150)
 
 
-def save_tradeoff_picture(points: Sequence[tuple[str, float, float]], path: str | Path, *, metric: str) -> None:
-    """Score against speed as a PNG, one labelled point per model, the first (the baseline) as a line across.
+def save_tradeoff_picture(
+    points: Sequence[tuple[str, float, float, float, float]], path: str | Path, *, metric: str
+) -> None:
+    """Score against latency as a PNG, one labelled point per model, the first (the baseline) as a line across.
 
     Args:
-        points: Name, speedup over the first and score of each model.
+        points: Name, milliseconds, score, and lower and upper end of the score's interval, of each model.
         path: File to write.
         metric: Name of the score, with its unit.
     """
@@ -132,22 +136,81 @@ def save_tradeoff_picture(points: Sequence[tuple[str, float, float]], path: str 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    _, _, dense = points[0]
-    axes.axhline(dense, color="#9aa3ad", linewidth=1, linestyle="--")
+    axes.axhline(points[0][2], color="#9aa3ad", linewidth=1, linestyle="--")
+    for _, x, _, low, high in points:
+        axes.plot([x, x], [low, high], color="#bcd0e5", linewidth=2)
     ordered = sorted(points, key=lambda point: point[1])
-    axes.plot([x for _, x, _ in ordered], [y for _, _, y in ordered], color="#2b6cb0", marker="o", markersize=5)
+    axes.plot([p[1] for p in ordered], [p[2] for p in ordered], color="#2b6cb0", marker="o", markersize=5)
     middle = (ordered[0][1] + ordered[-1][1]) / 2
-    for name, x, y in points:
+    for name, x, y, _, _ in points:
         right = x > middle  # its name goes to the left, so that none leaves the picture
         place: dict[str, Any] = {"xytext": (-6 if right else 6, 6), "ha": "right" if right else "left"}
         axes.annotate(name, (x, y), textcoords="offset points", fontsize=8, color="#333333", **place)
-    axes.set_xlabel("speedup of a forward pass, measured")
+    axes.set_xlabel("latency of a batch in ms, measured")
     axes.set_ylabel(metric)
     axes.margins(x=0.12, y=0.18)
     axes.grid(color="#eceff2")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+Curve = list[tuple[float, float]]
+
+
+def curves_of(history: Sequence[Mapping[str, float]]) -> dict[str, Curve]:
+    """The lines to draw of a training's log: name to (step, value), those of the loss, its terms, and sparsity.
+
+    Example:
+        >>> curves_of([{"step": 10, "loss": 0.7, "sparsity": 0.1, "epoch": 0.5}, {"step": 20, "eval_loss": 0.6}])
+        {'loss': [(10, 0.7)], 'sparsity': [(10, 0.1)], 'eval_loss': [(20, 0.6)]}
+    """
+    curves: dict[str, Curve] = {}
+    for entry in history:
+        for name, value in entry.items():
+            drawn = name in ("loss", "eval_loss", "sparsity") or name.startswith("loss_")
+            if drawn and "step" in entry and math.isfinite(value) and math.isfinite(entry["step"]):
+                curves.setdefault(name, []).append((entry["step"], value))
+    return curves
+
+
+def save_curves_picture(history: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> bool:
+    """Loss of each training as a PNG, a panel each, and the sparsity on an axis of its own.
+
+    Args:
+        history: Name of each training to its log.
+        path: File to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    stages = {name: curves for name, log in history.items() if (curves := curves_of(log))}
+    if not stages:
+        return False
+    figure = Figure(figsize=(5.2 * len(stages), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (stage, curves) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True):
+        for name, colour in (("loss", "#2b6cb0"), ("eval_loss", "#c05621")):
+            if name in curves:
+                axes.plot(*zip(*curves[name], strict=True), color=colour, label=name.replace("_", " "))
+        if "sparsity" in curves:
+            right = axes.twinx()
+            right.fill_between(*zip(*curves["sparsity"], strict=True), color="#9aa3ad", alpha=0.25, step="post")
+            right.set_ylim(0, 1)
+            right.set_ylabel("sparsity", color="#5a6570")
+            right.spines["top"].set_visible(False)
+        axes.set_title(stage, fontsize=10)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.set_ylim(bottom=0)
+        axes.spines["top"].set_visible(False)
+        if "eval_loss" in curves:
+            axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+    return True
 
 
 def save_sensitivity_picture(
@@ -167,7 +230,7 @@ def save_sensitivity_picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layers, roles = _grid({name: (0, 0) for name in lines})
+    layers, roles = layers_and_roles({name: (0, 0) for name in lines})
     figure = Figure(figsize=(5.4 * len(roles), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)

@@ -11,15 +11,20 @@ from hfcompress.measurement.latency import (
     speedup,
 )
 from hfcompress.measurement.metrics import Metric, accuracy, macro_f1, mcnemar, mean_interval, pearson
+from hfcompress.measurement.paired import Answers, Change, compare_answers, compare_metrics, median_interval
 from hfcompress.measurement.provenance import provenance
 from hfcompress.measurement.size import count_parameters, disk_bytes, memory_bytes
 
 __all__ = [
+    "Answers",
+    "Change",
     "Latency",
     "Metric",
     "Speedup",
     "accuracy",
+    "compare_answers",
     "compare_latency",
+    "compare_metrics",
     "count_flops",
     "count_parameters",
     "device_name",
@@ -29,6 +34,7 @@ __all__ = [
     "mcnemar",
     "mean_interval",
     "measure_latency",
+    "median_interval",
     "memory_bytes",
     "pearson",
     "provenance",

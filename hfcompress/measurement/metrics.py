@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_Z95 = NormalDist().inv_cdf(0.975)
+Z95 = NormalDist().inv_cdf(0.975)
 PERCENTAGES = frozenset(  # metrics that people write in per cent
     ("accuracy", "macro_f1", "f1", "exact_match", "rougeL")
 )
@@ -65,9 +65,9 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> Metric:
     predicted, true = _pair(predictions, labels, "predictions", "labels")
     n = len(true)
     value = float(np.mean(predicted == true))
-    shrink = 1 + _Z95**2 / n
-    center = (value + _Z95**2 / (2 * n)) / shrink
-    half = _Z95 / shrink * math.sqrt(value * (1 - value) / n + _Z95**2 / (4 * n**2))
+    shrink = 1 + Z95**2 / n
+    center = (value + Z95**2 / (2 * n)) / shrink
+    half = Z95 / shrink * math.sqrt(value * (1 - value) / n + Z95**2 / (4 * n**2))
     low, high = max(0.0, center - half), min(1.0, center + half)
     return Metric("accuracy", value, n, min(value, low), max(value, high))  # value is inside, but for rounding
 
@@ -107,7 +107,7 @@ def mean_interval(
         raise ValueError(f"values has length {n}; an interval needs at least 2")
     value = float(numbers.mean())
     if method == "normal":
-        half = _Z95 * float(numbers.std(ddof=1)) / math.sqrt(n)
+        half = Z95 * float(numbers.std(ddof=1)) / math.sqrt(n)
         return Metric(name, value, n, value - half, value + half)
     if method == "bootstrap":
         low, high = _bootstrap(lambda rows: float(numbers[rows].mean()), n, resamples=resamples, seed=seed)
@@ -143,7 +143,7 @@ def ratio_of_sums(tops: ArrayLike, bottoms: ArrayLike) -> tuple[float, float, fl
         return 0.0, 0.0, 0.0
     value = float(above.sum()) / total
     spread = float(np.sum((above - value * below) ** 2))
-    half = _Z95 * math.sqrt(n / (n - 1) * spread) / total if n > 1 else 0.0
+    half = Z95 * math.sqrt(n / (n - 1) * spread) / total if n > 1 else 0.0
     return value, value - half, value + half
 
 
@@ -216,7 +216,7 @@ def pearson(predictions: ArrayLike, labels: ArrayLike) -> Metric:
     value = float(np.clip(np.corrcoef(predicted, true)[0, 1], -1, 1))
     if abs(value) == 1:
         return Metric("pearson", value, n, value, value)
-    center, half = math.atanh(value), _Z95 / math.sqrt(n - 3)
+    center, half = math.atanh(value), Z95 / math.sqrt(n - 3)
     return Metric("pearson", value, n, math.tanh(center - half), math.tanh(center + half))
 
 

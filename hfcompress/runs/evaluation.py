@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -19,16 +20,21 @@ from hfcompress.checkpoints.adapters import base_of
 from hfcompress.checkpoints.io import load
 from hfcompress.config import MeasureConfig
 from hfcompress.measurement import (
+    Answers,
+    Latency,
     Metric,
+    compare_answers,
     compare_latency,
     count_flops,
     count_parameters,
     disk_bytes,
     example_inputs,
-    mcnemar,
+    median_interval,
     memory_bytes,
     speedup,
 )
+from hfcompress.measurement.energy import Counter, energy_of, find_counter
+from hfcompress.measurement.latency import timed, torch_threads
 from hfcompress.tasks import PreparedTask
 from hfcompress.tasks.scores import decide
 
@@ -75,15 +81,15 @@ def _fit(value: torch.Tensor, device: torch.device, model: nn.Module) -> torch.T
     return value.to(device, dtype=model.dtype if value.is_floating_point() else None)  # type: ignore[arg-type]
 
 
-Rate = Callable[[nn.Module], tuple[Metric, np.ndarray | None]]
-"""Scores a model: the metric, and where answers are right or wrong which were right, shape (n,)."""
+Rate = Callable[[nn.Module], tuple[Metric, Answers | None]]
+"""Scores a model: the metric, and what it is made of, example by example."""
 
 
 def rate_on(task: PreparedTask) -> Rate:
     """What scores models on the evaluation data of a task; where there are no labels, by the outputs of the first of them."""
     reference = None
 
-    def rate(model: nn.Module) -> tuple[Metric, np.ndarray | None]:
+    def rate(model: nn.Module) -> tuple[Metric, Answers | None]:
         nonlocal reference
         outputs, labels = run_on(model, task)
         if labels is None:
@@ -91,6 +97,19 @@ def rate_on(task: PreparedTask) -> Rate:
         return task.compute_metrics.measure(outputs, reference if labels is None else labels)
 
     return rate
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of several models side by side.
+
+    Attributes:
+        rows: One per model, JSON-able; see `measure_folders`.
+        answers: What each answered to the examples, by the name of its row; empty where nothing was scored.
+    """
+
+    rows: list[dict[str, Any]]
+    answers: dict[str, Answers]
 
 
 def measure_folders(folders: Mapping[str, Path], rate: Rate | None, config: MeasureConfig) -> list[dict[str, Any]]:
@@ -104,6 +123,29 @@ def measure_folders(folders: Mapping[str, Path], rate: Rate | None, config: Meas
     Returns:
         Rows of JSON-able data.
     """
+    return measure_and_keep(folders, rate, config).rows
+
+
+def measure_and_keep(
+    folders: Mapping[str, Path],
+    rate: Rate | None,
+    config: MeasureConfig,
+    *,
+    origins: Mapping[str, str] | None = None,
+    class_names: Sequence[str] = (),
+) -> Measured:
+    """`measure_folders`, with what each model answered, and what each step from one model to the next did.
+
+    Each row after the first says in "change" what was lost against the first, and where the model was made from another one than
+    the first also in "step" what was lost and gained against that one, all paired: the same examples, the same rounds.
+
+    Args:
+        folders: As for `measure_folders`.
+        rate: As for `measure_folders`.
+        config: As for `measure_folders`.
+        origins: Name of each model to that of the one it was made from; by default the first.
+        class_names: Where answers are classes, their names: rows then say how many of each were found.
+    """
     device = device_of(config.device)
     models = {name: _on(load(folder), device) for name, folder in folders.items()}
     first = next(iter(models.values()))
@@ -111,29 +153,78 @@ def measure_folders(folders: Mapping[str, Path], rate: Rate | None, config: Meas
     timing = {"rounds": config.rounds, "warmup": config.warmup, "threads": config.threads}
     whole = compare_latency(models, inputs, scope="model", **timing)  # type: ignore[arg-type]
     layers = compare_latency(models, inputs, scope="layers", **timing)  # type: ignore[arg-type]
+    counter = find_counter(device)
     rows: list[dict[str, Any]] = []
-    baseline, right = next(iter(models)), None
+    answers: dict[str, Answers] = {}
+    baseline = next(iter(models))
     for name, model in models.items():
         row: dict[str, Any] = {"name": name, "folder": str(folders[name])}
         if rate is not None:
-            metric, correct = rate(model)
+            metric, answered = rate(model)
             row["metric"] = asdict(metric)
-            if correct is not None:
-                right = correct if right is None else right
-                row["p_value_against_first"] = None if name == baseline else mcnemar(right, correct)
+            if answered is not None:
+                answers[name] = answered
+                row |= _by_class(answered, class_names)
         row |= {
             "parameters": count_parameters(model),
             "disk_bytes": _with_base(folders[name]),
             "memory_bytes": memory_bytes(model),
             "flops_per_input": count_flops(model, inputs) // config.batch,
-            "latency": whole[name].to_dict(),
+            "latency": _with_interval(whole[name].to_dict(), whole[name].samples_ms),
             "layers_latency": layers[name].to_dict(),
         }
+        if counter is not None:
+            row["energy"] = _count_energy(model, inputs, config, counter)
         if name != baseline:
-            row["speedup"] = asdict(speedup(whole[baseline], whole[name]))
-            row["layers_speedup"] = asdict(speedup(layers[baseline], layers[name]))
+            row |= _change(answers, baseline, name)
+            row["speedup"] = _faster(whole[baseline], whole[name])
+            row["layers_speedup"] = _faster(layers[baseline], layers[name])
+            origin = (origins or {}).get(name, baseline)
+            row["origin"] = origin
+            if origin != baseline:
+                row["step"] = {**_change(answers, origin, name), "speedup": _faster(whole[origin], whole[name])}
         rows.append(row)
-    return rows
+    return Measured(rows, answers)
+
+
+def _change(answers: Mapping[str, Answers], before: str, after: str) -> dict[str, Any]:
+    """What was lost from one model to another, if both answered enough examples."""
+    if before not in answers or after not in answers or len(answers[before]) < 2:
+        return {}
+    return {"change": asdict(compare_answers(answers[before], answers[after]))}
+
+
+def _by_class(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
+    """How many examples there are of each class, and how many were found."""
+    if answers.predicted is None or answers.labels is None or not names:
+        return {}
+    there = np.bincount(answers.labels, minlength=len(names))
+    found = np.bincount(answers.labels[answers.predicted == answers.labels], minlength=len(names))
+    counts = zip(names, there.tolist(), found.tolist(), strict=True)
+    return {"classes": [{"name": str(name), "n": n, "right": right} for name, n, right in counts]}
+
+
+def _faster(before: Latency, after: Latency) -> dict[str, Any]:
+    """Median and percentiles of the ratios round by round, and the interval of the median."""
+    ratios = np.divide(before.samples_ms, after.samples_ms)
+    return _with_interval({**asdict(speedup(before, after)), "rounds": len(ratios)}, ratios)
+
+
+def _with_interval(measured: dict[str, Any], samples: ArrayLike) -> dict[str, Any]:
+    """With the 95 % interval of the median, where there are rounds enough for one."""
+    interval = median_interval(samples)
+    return measured if interval is None else {**measured, "low": interval[0], "high": interval[1]}
+
+
+def _count_energy(model: nn.Module, inputs: Any, config: MeasureConfig, counter: Counter) -> dict[str, Any]:
+    """Joules per input, of as many forward passes as are timed."""
+    with torch_threads(config.threads), timed(model, inputs, "model") as timer, torch.no_grad():
+        timer.run()
+        with energy_of(counter) as energy:
+            for _ in range(config.rounds):
+                timer.run()
+    assert energy.joules is not None
+    return {"joules_per_input": energy.joules / (config.rounds * config.batch), "source": energy.source}
 
 
 def _with_base(folder: Path) -> int:

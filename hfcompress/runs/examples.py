@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hfcompress.config import DataConfig
-from hfcompress.measurement import Metric
+from hfcompress.measurement import Answers, Metric
 from hfcompress.runs.evaluation import Rate, rate_on
 from hfcompress.tasks import PreparedTask, prepare
 from hfcompress.tasks.columns import Columns, may_hold_labels, text_columns
@@ -198,7 +198,7 @@ def _blocks(tokenizer: Any, data: DataConfig, *, samples: int, seed: int, batch:
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:samples]
     blocks = train[chosen]
     batches = [_batch(blocks[start : start + batch]) for start in range(0, len(blocks), batch)]
-    return Examples(batches, len(blocks), lambda candidate: (perplexity(candidate, test, batch=batch), None))
+    return Examples(batches, len(blocks), lambda candidate: rate_blocks(candidate, test, batch=batch))
 
 
 def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -214,6 +214,11 @@ def _tokens(tokenizer: Any, file: str, data: DataConfig) -> torch.Tensor:
 
 
 def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch: int = 8) -> Metric:
+    """The perplexity alone of `rate_blocks`."""
+    return rate_blocks(model, blocks, batch=batch)[0]
+
+
+def rate_blocks(model: nn.Module, blocks: torch.Tensor, *, batch: int = 8) -> tuple[Metric, Answers]:
     """Exponential of the mean negative log-likelihood of each token given those before it in its block.
 
     Args:
@@ -222,7 +227,8 @@ def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch: int = 8) -> Met
         batch: Blocks in a batch.
 
     Returns:
-        The metric; its 95 % interval is from the spread of the blocks' means, n is the number of tokens that are predicted.
+        The metric, whose 95 % interval is from the spread of the blocks' means and whose n is the number of tokens that are
+        predicted; and the blocks' losses and tokens.
     """
     device = next(model.parameters()).device
     scores, kept = TokenScores(shifted=True), []
@@ -231,5 +237,4 @@ def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch: int = 8) -> Met
         ids = blocks[start : start + batch].to(device)
         with torch.inference_mode():
             kept.append(scores.run(model, _batch(ids), ids).cpu())
-    metric, _ = scores.measure(torch.cat(kept).numpy(), blocks.numpy())
-    return metric
+    return scores.measure(torch.cat(kept).numpy(), blocks.numpy())

@@ -19,7 +19,9 @@ from hfcompress.checkpoints.io import load
 from hfcompress.checkpoints.record import add_step, read_units
 from hfcompress.config import CriterionConfig, DataConfig, MeasureConfig, PruneConfig
 from hfcompress.hub import save_probe, verify_folder, write_card
-from hfcompress.hub.card import RESULTS_FILE
+from hfcompress.hub.lineage import describe_source
+from hfcompress.hub.predictions import save_answers
+from hfcompress.hub.results import RESULTS_FILE, without_paths
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import Metric, provenance
 from hfcompress.pruning import (
@@ -33,7 +35,7 @@ from hfcompress.pruning import (
     rank_units,
 )
 from hfcompress.quantization.bits import FLOATS, BitCost, By, bit_costs, format_for, size_bytes
-from hfcompress.runs.evaluation import device_of, measure_folders
+from hfcompress.runs.evaluation import device_of, measure_and_keep
 from hfcompress.runs.examples import Examples, drop, read_examples
 from hfcompress.runs.processors import copy_processor
 
@@ -231,23 +233,44 @@ def prune_folder(
     if failed:
         raise VerificationError(f"{output} does not load through {failed[0].route}: {failed[0].error}")
     say("Scoring and timing")
-    rows = measure_folders({"dense": _local(source), "pruned": output}, examples.rate, measure)
+    found = measure_and_keep(
+        {"dense": _local(source), "pruned": output},
+        examples.rate,
+        measure,
+        class_names=examples.task.label_names if examples.task is not None else (),
+    )
+    rows = found.rows
     for row in rows:
         row["folder"] = "." if row["name"] == "pruned" else _name(source)
+    sections = {"prune": config, "data": data, "measure": measure}
     results = {
         "rows": rows,
         "name": output.resolve().name,
         "data": {"name": data.title or data.name or Path(str(data.train)).name, "calibration_n": examples.n},
         "command": command,
         "base_model": None if Path(source).is_dir() else source,
+        "lineage": lineage_of_folder(source, data),
+        "recipe": without_paths({k: section.model_dump(exclude_unset=True) for k, section in sections.items()}),
         "wall_s": round(time.perf_counter() - started, 1),
         **provenance(seed=seed),
     }
     if examples.task is not None:
         results["data"] |= {"eval_n": len(examples.task.eval_dataset), "fingerprint": examples.task.fingerprint}
+    if found.answers:
+        fingerprint = examples.task.fingerprint if examples.task is not None else None
+        save_answers(found.answers, output, fingerprint=fingerprint)
     (output / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_card(output, base_model=results["base_model"], checks=checks)
     return rows
+
+
+def lineage_of_folder(source: str, data: DataConfig | None) -> dict[str, Any]:
+    """What a saved model and its data are called, and their licences as far as those are said."""
+    found = {"base": describe_source(_name(source) if Path(source).is_dir() else source, source)}
+    if data is not None:
+        name = data.title or data.name or Path(str(data.train)).name
+        found["data"] = describe_source(name, data.name or data.train, kind="dataset")
+    return found
 
 
 def _open(source: str, measure: MeasureConfig) -> tuple[nn.Module, torch.dtype]:

@@ -12,7 +12,7 @@ from typing import Any
 from hfcompress.checkpoints.io import load
 from hfcompress.config import DataConfig
 from hfcompress.hub import save_probe, verify_folder, write_card
-from hfcompress.hub.card import RESULTS_FILE
+from hfcompress.hub.results import RESULTS_FILE
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import provenance
 from hfcompress.quantization.bits import FLOATS
@@ -20,6 +20,7 @@ from hfcompress.quantization.calibrated import round_at_once, round_on_data
 from hfcompress.quantization.formats import format_of
 from hfcompress.quantization.layers import layers_to_quantize, note_step, put_rounded
 from hfcompress.runs.examples import Examples, read_examples
+from hfcompress.runs.post_training import lineage_of_folder
 from hfcompress.runs.processors import copy_processor
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def quantize_folder(
     if failed:
         raise VerificationError(f"{output} does not load through {failed[0].route}: {failed[0].error}")
     results: dict[str, Any] = {"rows": [], "name": output.resolve().name, "command": command}
+    results["lineage"] = lineage_of_folder(source, data)
     results |= {"wall_s": round(time.perf_counter() - started, 1), **provenance(seed=seed)}
     if data is not None:
         results["data"] = {"name": data.title or data.name or Path(str(data.train)).name, **facts}

@@ -18,7 +18,7 @@ from transformers import AutoFeatureExtractor
 
 from hfcompress.config import DataConfig
 from hfcompress.tasks.columns import Columns, Kind, is_string
-from hfcompress.tasks.errors import DataError, first_line
+from hfcompress.tasks.errors import DataError, first_line, loading
 from hfcompress.tasks.inputs import Inputs
 from hfcompress.tasks.labels import row_count
 from hfcompress.tasks.sources import Source, with_absolute_paths
@@ -33,12 +33,10 @@ class AudioInputs(Inputs):
 
     def load_processor(self, model_name: str, *, revision: str | None, trust_remote_code: bool) -> Any:
         """Load the feature extractor."""
-        try:
+        with loading(f"{model_name}: its feature extractor"):
             return AutoFeatureExtractor.from_pretrained(
                 model_name, revision=revision, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise DataError(f"{model_name}: its feature extractor cannot be loaded: {first_line(error)}") from error
 
     def open(self, source: Source, columns: Columns, *, config: DataConfig) -> datasets.Dataset:
         """Check that each row has a sound, and each file is there (what is in it is read in training)."""

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from huggingface_hub.errors import GatedRepoError, StrictDataclassError
 
 
 class DataError(ValueError):
     """The data, or what was said about it, cannot be used; one line says what is wrong and what to do."""
+
+
+# What transformers raises over files that are not what they should be: it looks at few of the values in them.
+_UNREADABLE = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, StrictDataclassError)
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Errors over a model's tokenizer, image processor or configuration as one line.
+
+    Args:
+        what: What is loaded, and of which model.
+
+    Raises:
+        DataError: It is not there, or damaged.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, _UNREADABLE) and type(error) is not Exception:  # tokenizers, in Rust, has no class
+            raise
+        raise DataError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
 def unknown_name(key: str, kind: str, name: str, allowed: Iterable[str]) -> DataError:
@@ -42,5 +67,7 @@ def first_line(error: BaseException) -> str:
     """
     while error.__cause__ is not None:
         error = error.__cause__
+        if isinstance(error, GatedRepoError):
+            return "it is gated; ask for access on its page, and log in with: hf auth login"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, DefaultDataCollator
 
 from hfcompress.config import DataConfig
 from hfcompress.tasks.columns import Columns, Kind
-from hfcompress.tasks.errors import DataError, first_line
+from hfcompress.tasks.errors import DataError, first_line, loading
 from hfcompress.tasks.inputs import Inputs
 from hfcompress.tasks.labels import row_count
 from hfcompress.tasks.sources import Source, with_absolute_paths
@@ -34,12 +34,10 @@ class ImageInputs(Inputs):
 
     def load_processor(self, model_name: str, *, revision: str | None, trust_remote_code: bool) -> Any:
         """Load the image processor; without torchvision it is the one that works with Pillow."""
-        try:
+        with loading(f"{model_name}: its image processor"):
             return AutoImageProcessor.from_pretrained(
                 model_name, revision=revision, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise DataError(f"{model_name}: its image processor cannot be loaded: {first_line(error)}") from error
 
     def open(self, source: Source, columns: Columns, *, config: DataConfig) -> datasets.Dataset:
         """Check that each row has an image that can be opened (its header only: pixels are read in training)."""

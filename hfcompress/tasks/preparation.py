@@ -20,7 +20,7 @@ from hfcompress.tasks import labels as meaning
 from hfcompress.tasks.audio import AudioInputs
 from hfcompress.tasks.choices import ChoiceInputs
 from hfcompress.tasks.columns import Columns, with_parts
-from hfcompress.tasks.errors import DataError, first_line, unknown_name
+from hfcompress.tasks.errors import DataError, loading, unknown_name
 from hfcompress.tasks.image import ImageInputs
 from hfcompress.tasks.inputs import Inputs
 from hfcompress.tasks.labels import Head, LabelColumn, Labels, ProblemType
@@ -452,10 +452,8 @@ def _require_columns(source: Source, columns: Columns, *, like: Source) -> None:
 
 
 def _load_config(model_name: str, *, revision: str | None, trust_remote_code: bool) -> Any:
-    try:
+    with loading(f"{model_name}: its configuration"):
         return AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{model_name}: its configuration cannot be loaded: {first_line(error)}") from error
 
 
 def _model_kwargs(labels: Labels, head: Head) -> dict[str, Any]:

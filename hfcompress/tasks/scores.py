@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from hfcompress.measurement import Metric, accuracy, macro_f1, pearson
+from hfcompress.measurement import Answers, Metric, accuracy, macro_f1, pearson
 from hfcompress.measurement.metrics import ratio_of_sums
 from hfcompress.tasks.errors import DataError, first_line
 from hfcompress.tasks.labels import ProblemType
@@ -68,8 +68,8 @@ class Scoring(ABC):
         """Score an `EvalPrediction`."""
 
     @abstractmethod
-    def measure(self, outputs: Any, labels: Any) -> tuple[Metric, NDArray[np.bool_] | None]:
-        """The metric that counts with its 95 % interval, and where that makes sense which examples were right, shape (n,)."""
+    def measure(self, outputs: Any, labels: Any) -> tuple[Metric, Answers]:
+        """The metric that counts with its 95 % interval, and what it is made of, example by example."""
 
 
 class RatioScores(Scoring):
@@ -84,14 +84,13 @@ class RatioScores(Scoring):
         parts = self.parts(prediction.predictions, prediction.label_ids)
         return {name: ratio_of_sums(*pair)[0] for name, pair in parts.items()}
 
-    def measure(self, outputs: Any, labels: Any) -> tuple[Metric, NDArray[np.bool_] | None]:
-        """The metric that counts with its 95 % interval, and which examples were right where there is an exact match."""
-        parts = self.parts(outputs, labels)
-        tops, bottoms = parts[self.metric_name]
+    def measure(self, outputs: Any, labels: Any) -> tuple[Metric, Answers]:
+        """The metric that counts with its 95 % interval, and its parts."""
+        tops, bottoms = self.parts(outputs, labels)[self.metric_name]
         value, low, high = ratio_of_sums(tops, bottoms)
         low = max(low, 0.0 if (tops >= 0).all() else -1.0)
         metric = Metric(self.metric_name, value, len(tops), low, min(high, 1.0))
-        return metric, parts["exact_match"][0] == 1 if "exact_match" in parts else None
+        return metric, Answers("ratio", tops, bottoms)
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class TokenScores(Scoring):
         """Score an `EvalPrediction`, whether or not its outputs were reduced."""
         return {self.metric_name: self.measure(prediction.predictions, prediction.label_ids)[0].value}
 
-    def measure(self, outputs: Any, labels: Any) -> tuple[Metric, None]:
+    def measure(self, outputs: Any, labels: Any) -> tuple[Metric, Answers]:
         """The perplexity; n is the number of tokens that are predicted."""
         kept = np.asarray(outputs[0] if isinstance(outputs, (tuple, list)) else outputs)
         if kept.ndim == 3:
@@ -137,11 +136,12 @@ class TokenScores(Scoring):
         n = int(kept[:, 1].sum())
         if n == 0:
             raise DataError("no token of the evaluation data is predicted; give more or longer texts")
+        answers = Answers("perplexity", kept[:, 0].astype(np.float64), kept[:, 1].astype(np.float64))
         if not np.isfinite(kept).all():
             logger.warning("the loss of %d examples is not finite", np.sum(~np.isfinite(kept).all(1)))
-            return Metric(self.metric_name, np.inf, n, np.inf, np.inf, higher_is_better=False), None
+            return Metric(self.metric_name, np.inf, n, np.inf, np.inf, higher_is_better=False), answers
         value, low, high = (float(np.exp(end)) for end in ratio_of_sums(kept[:, 0], kept[:, 1]))
-        return Metric(self.metric_name, value, n, low, high, higher_is_better=False), None
+        return Metric(self.metric_name, value, n, low, high, higher_is_better=False), answers
 
 
 @dataclass(frozen=True)
@@ -215,15 +215,17 @@ class Scores(Scoring):
             return self.metric(predictions, labels)
         return _OWN[self.problem_type](predictions, labels)
 
-    def measure(self, outputs: Any, labels: Any) -> tuple[Metric, NDArray[np.bool_] | None]:
+    def measure(self, outputs: Any, labels: Any) -> tuple[Metric, Answers]:
         """Accuracy (of several labels at once: all of them right), or the correlation of a quantity."""
         predictions = decide(np.asarray(outputs), self.problem_type)
         if self.problem_type == "regression":
-            return pearson(predictions, labels), None
-        right = predictions == labels
+            ours, theirs = (np.asarray(side, dtype=np.float64).reshape(-1) for side in (predictions, labels))
+            return pearson(predictions, labels), Answers("correlation", ours, theirs)
         if self.problem_type == "multi_label_classification":
-            return accuracy(right.all(axis=1), np.ones(len(right), dtype=bool)), None
-        return accuracy(predictions, labels), right
+            right = (predictions == labels).all(axis=1)
+            ones = np.ones(len(right))
+            return accuracy(right, ones.astype(bool)), Answers("share", right.astype(np.float64), ones)
+        return accuracy(predictions, labels), Answers.of_classes(predictions, labels)
 
 
 def decide(logits: NDArray[Any], problem_type: ProblemType) -> NDArray[Any]:

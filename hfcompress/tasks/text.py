@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, DataCollatorForTokenClassification, Data
 
 from hfcompress.config import DataConfig
 from hfcompress.tasks.columns import Columns
-from hfcompress.tasks.errors import DataError, first_line
+from hfcompress.tasks.errors import DataError, loading
 from hfcompress.tasks.inputs import Inputs
 from hfcompress.tasks.labels import row_count
 from hfcompress.tasks.sources import Source
@@ -60,11 +60,18 @@ class TokenizedInputs(Inputs):
         return {} if model_config.pad_token_id is not None else {"pad_token_id": processor.pad_token_id}
 
 
+def open_tokenizer(model_name: str | Path, **options: Any) -> Any:
+    """The tokenizer of a model as it was saved.
+
+    Raises:
+        DataError: There is none, or it is damaged.
+    """
+    with loading(f"{model_name}: its tokenizer"):
+        return AutoTokenizer.from_pretrained(model_name, **options)
+
+
 def _load_tokenizer(model_name: str, **options: Any) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{model_name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    tokenizer = open_tokenizer(model_name, **options)
     # Where there are no tokenizer files, transformers quietly makes one that knows only the special tokens (and
     # for SentencePiece models a blank): every word would become "unknown".
     if len(tokenizer) - len(set(tokenizer.all_special_tokens)) <= 2:

@@ -15,10 +15,10 @@ from hfcompress.anatomy import drop_layers
 from hfcompress.checkpoints.record import add_step
 from hfcompress.config import PruneConfig
 from hfcompress.hub import RouteCheck, write_card
-from hfcompress.hub.card import PICTURE_FILE, RESULTS_FILE
+from hfcompress.hub.card import CURVES_FILE, PICTURE_FILE, RESULTS_FILE, TRADEOFF_FILE
 from hfcompress.pruning import Plan, cut
 from tests.families import make_model
-from tests.hub.folders import row, save_pruned, write_results
+from tests.hub.folders import row, save_pruned, save_run, write_results
 
 CHECKS = [RouteCheck("load", True, 1.2e-7, 1e-5), RouteCheck("remote", True, 0.0, 1e-5)]
 
@@ -230,6 +230,63 @@ def test_layers_and_features_that_are_left(tmp_path):
     both.save_pretrained(tmp_path / "both")
     text = ModelCard.load(write_card(tmp_path / "both")).text
     assert "1 of 2 layers in decoder and 2 of 3 layers in encoder are left." in text and "features left" not in text
+
+
+def test_everything_that_a_run_measures_now(pruned):
+    """Changes with their tests, steps, classes, licences, energy, pictures, and the score in the metadata with its interval."""
+    save_run(
+        pruned, data={"name": "Films", "repository": "me/films", "config": "short", "split": "test", "eval_n": 1500}
+    )
+    card = read(write_card(pruned))
+    text = card.text
+    assert "| | accuracy, n = 1,500 | lost, points | parameters | MB on disk |" in text
+    assert (
+        "| 0.021 |" in text and "| joules per input |" in text and "Energy: RAPL, processor packages and memory" in text
+    )
+    assert "| pruned | 90.51 [88.41, 92.41] | 0.72 [0.22, 1.22], p = 0.046 | 22.71 M |" in text
+    assert "2.11x [2.01, 2.21]" in text and "test: McNemar, exact." in text
+    assert "| pruned → pruned + int8 | 0.40 [0.10, 0.70], p = 0.046 | 0.57x [0.47, 0.67] | -67 % |" in text
+    assert "| class 1 | 100 | 80.0 | 60.0 | 20.0 |\n| class 0 | 100 | 90.0 | 89.0 | 1.0 |" in text
+    assert "* Base model: google-bert/bert-base-uncased (licence apache-2.0, as its card says)" in text
+    assert "* Data: Films, 1,500 examples for evaluation (licence not known)" in text
+    for name in (PICTURE_FILE, TRADEOFF_FILE, CURVES_FILE):
+        assert f"]({name})" in text
+        with Image.open(pruned / name) as picture:
+            assert picture.format == "PNG"
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in tables[:5]}) == 1, "head, rule and rows have as many cells"
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.dataset_name) == ("me/films", "Films")
+    assert (result.dataset_config, result.dataset_split) == ("short", "test")
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.9051)
+    assert result.metric_name == "accuracy, n = 1,500: 90.51 [88.41, 92.41]"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("pearson", "pearsonr"), ("rougeL", "rouge"), ("macro_f1", "f1"), ("perplexity", "perplexity")]
+)
+def test_metrics_have_the_names_of_the_hub(ours, theirs, pruned):
+    rows = [row("teacher", "teacher", 0.9), row("pruned", ".", 0.8)]
+    for entry in rows:
+        entry["metric"]["name"] = ours
+    write_results(pruned, rows=rows)
+    assert read(write_card(pruned)).data.eval_results[0].metric_type == theirs
+
+
+def test_names_stay_in_their_cells(pruned):
+    save_run(pruned, label="a|b <img src=x>\n`c`")
+    text = read(write_card(pruned)).text
+    assert "| a\\|b &lt;img src=x&gt; 'c' |" in text and "<img" not in text
+
+
+def test_many_classes_show_the_worst(pruned):
+    counts = [{"name": f"c{number}", "n": 10, "right": 10} for number in range(40)]
+    after = [{**each, "right": 10 - number % 7} for number, each in enumerate(counts)]
+    write_results(pruned, rows=[row("teacher", "teacher", 0.9, classes=counts), row("pruned", ".", 0.8, classes=after)])
+    text = write_card(pruned).read_text()
+    assert "The 10 of 40 classes that lost most." in text
+    shown = [line for line in text.splitlines() if line.startswith("| c")][1:]
+    assert len(shown) == 10 and all(line.endswith("| 60.0 |") for line in shown[:5])
 
 
 PRUNED = {

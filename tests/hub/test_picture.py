@@ -113,12 +113,13 @@ def curve_of(path, code="#2b6cb0"):
 
 
 def test_score_against_speed(tmp_path):
-    points = [("teacher", 1.0, 0.9), ("pruned 2x", 2.0, 0.88), ("pruned 4x", 4.0, 0.6)]
+    scores = [("teacher", 80.0, 0.9), ("pruned 2x", 40.0, 0.88), ("pruned 4x", 20.0, 0.6)]
+    points = [(name, x, y, y - 0.001, y + 0.001) for name, x, y in scores]
     save_tradeoff_picture(points, tmp_path / "a.png", metric="accuracy")
     columns, rows, shape = curve_of(tmp_path / "a.png")
     assert shape[:2] == (600, 960) and (tmp_path / "a.png").stat().st_size < 200_000
-    # From the upper left to the lower right: the middle point lies a third of the way and high.
-    first, middle, last = (
+    # From the lower left to the upper right: the middle point lies a third of the way and high.
+    last, middle, first = (
         rows[np.abs(columns - at).argmin()]
         for at in (columns.min() + 6, columns.min() + (columns.max() - columns.min()) / 3, columns.max() - 6)
     )
@@ -133,7 +134,7 @@ def test_score_against_speed(tmp_path):
 
 
 def test_one_point_is_enough(tmp_path):
-    save_tradeoff_picture([("teacher", 1.0, 0.9)], tmp_path / "a.png", metric="accuracy")
+    save_tradeoff_picture([("teacher", 1.0, 0.9, 0.89, 0.91)], tmp_path / "a.png", metric="accuracy")
     assert (tmp_path / "a.png").stat().st_size > 3000
 
 

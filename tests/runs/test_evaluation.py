@@ -61,14 +61,16 @@ def test_a_rating_is_what_a_trainer_says(task, tmp_path):
         preprocess_logits_for_metrics=prepared.preprocess_logits_for_metrics,
     )
     said = trainer.evaluate()
-    metric, right = rate_on(prepared)(model)
+    metric, answers = rate_on(prepared)(model)
     assert metric.name == prepared.metric_name
     assert metric.value == pytest.approx(said[f"eval_{metric.name}"], rel=1e-4, abs=1e-6)
     assert metric.low <= metric.value <= metric.high and metric.n > 0
-    if right is not None:
-        share = said["eval_exact_match"] if task == "question-answering" else said["eval_accuracy"]
-        assert right.mean() == pytest.approx(share)
-    assert (right is None) == (task in ("token-classification", "fill-mask", "text-generation", "text2text-generation"))
+    assert answers.score() == pytest.approx(metric.value)
+    if answers.right is not None:
+        assert answers.right.mean() == pytest.approx(said["eval_accuracy"])
+    kinds = {"fill-mask": "perplexity", "text-generation": "perplexity"}
+    ratios = ("token-classification", "question-answering", "text2text-generation")
+    assert answers.kind == kinds.get(task, "ratio" if task in ratios else "share")
 
 
 def test_embeddings_are_compared_with_the_first_model(tmp_path):

@@ -352,8 +352,8 @@ def test_labelled_texts_are_scored(material):
     assert found.n == 20 and [len(batch["labels"]) for batch in found.batches] == [8, 8, 4]
     lengths = [int(batch["attention_mask"].sum(1).max()) for batch in found.batches]
     assert lengths == sorted(lengths), "long texts with long ones"
-    metric, right = found.rate(opened(material, "bert"))
-    assert metric.value == 1.0 and metric.n == len(right) == 4
+    metric, answers = found.rate(opened(material, "bert"))
+    assert metric.value == 1.0 and metric.n == len(answers.right) == 4
     other = read_examples(opened(material, "bert"), str(material / "bert"), data, samples=20, seed=4, batch=8)
     assert any(not torch.equal(a["labels"], b["labels"]) for a, b in zip(found.batches, other.batches, strict=True))
 
@@ -392,8 +392,8 @@ def test_blocks_of_text_for_a_decoder(material):
     assert blocks.shape == (total - held_out, 8) and found.n == total - held_out
     ids = torch.tensor([WORDS.index(word) for word in words[: 8 * total]]).view(total, 8)
     assert sorted(blocks.tolist()) == sorted(ids[:-held_out].tolist()), "every word once, in blocks"
-    metric, right = found.rate(model)
-    assert right is None and metric.name == "perplexity" and metric.n == 7 * held_out
+    metric, answers = found.rate(model)
+    assert len(answers) == held_out and metric.name == "perplexity" and metric.n == 7 * held_out
     losses = []
     with torch.no_grad():
         for row in ids[-held_out:]:

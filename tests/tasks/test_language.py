@@ -115,13 +115,13 @@ def test_perplexity_is_that_of_the_tokens(tmp_path, decoder):
     expected = np.mean([-logs[row, i, batch["input_ids"][row, i + 1]].item() for row in range(9) for i in range(7)])
     kept = prepared.preprocess_logits_for_metrics(outputs.logits, batch["labels"])
     assert kept.shape == (9, 2) and kept[:, 1].tolist() == [7] * 9
-    metric, right = prepared.compute_metrics.measure(kept.numpy(), batch["labels"].numpy())
+    metric, answers = prepared.compute_metrics.measure(kept.numpy(), batch["labels"].numpy())
     assert (
         metric.value
         == pytest.approx(math.exp(expected), rel=1e-6)
         == pytest.approx(outputs.loss.exp().item(), rel=1e-5)
     )
-    assert (metric.name, metric.n, right, metric.higher_is_better) == ("perplexity", 63, None, False)
+    assert (metric.name, metric.n, len(answers), metric.higher_is_better) == ("perplexity", 63, 9, False)
     assert not prepared.compute_metrics.higher_is_better
     whole = EvalPrediction((outputs.logits.numpy(), None), batch["labels"].numpy())
     assert prepared.compute_metrics(whole)["perplexity"] == pytest.approx(metric.value)
@@ -318,8 +318,12 @@ def test_embeddings_are_means_over_tokens_and_compared_by_cosine(tmp_path, maske
             assert torch.allclose(pooled[row], alone, atol=1e-5)
     others = pooled + torch.arange(16 * 2).sin()
     expected = torch.nn.functional.cosine_similarity(pooled, others).tolist()
-    metric, right = scores.measure(pooled.numpy(), others.numpy())
-    assert (metric.value, metric.n, right) == (pytest.approx(np.mean(expected)), 3, None)
+    metric, answers = scores.measure(pooled.numpy(), others.numpy())
+    assert (metric.value, metric.n, answers.tops.tolist()) == (
+        pytest.approx(np.mean(expected)),
+        3,
+        pytest.approx(expected),
+    )
     assert (
         metric.high - metric.value == pytest.approx(1.959964 * np.std(expected, ddof=1) / 3**0.5) or metric.high == 1.0
     )

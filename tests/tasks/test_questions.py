@@ -93,8 +93,8 @@ def test_answers_are_put_together_from_windows(tmp_path, model):
     scores, prediction = prepared.compute_metrics, perfect(prepared)
     assert scores.find_answers(*prediction.predictions) == CITIES
     assert scores(prediction) == {"f1": 1.0, "exact_match": 1.0}
-    metric, right = scores.measure(prediction.predictions, prediction.label_ids)
-    assert (metric.name, metric.value, metric.n, right.tolist()) == ("f1", 1.0, 6, [True] * 6)
+    metric, answers = scores.measure(prediction.predictions, prediction.label_ids)
+    assert (metric.name, metric.value, metric.n, answers.tops.tolist()) == ("f1", 1.0, 6, [1.0] * 6)
     starts, ends = prediction.predictions
     wrong = EvalPrediction((np.roll(starts, 1, axis=0), np.roll(ends, 1, axis=0)), prediction.label_ids)
     assert scores(wrong)["exact_match"] < 1

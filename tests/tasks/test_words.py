@@ -149,8 +149,9 @@ def test_scores_by_hand():
     )
     logits = np.eye(4)[predicted.clip(0)]
     assert scores(EvalPrediction((logits, None), truth)) == scores(EvalPrediction(predicted, truth))
-    metric, right = scores.measure(predicted, truth)
-    assert (metric.name, metric.value, metric.n, right) == ("f1", pytest.approx(1 / 3), 2, None)
+    metric, answers = scores.measure(predicted, truth)
+    assert (metric.name, metric.value, metric.n) == ("f1", pytest.approx(1 / 3), 2)
+    assert (answers.kind, answers.tops.tolist(), answers.bottoms.tolist()) == ("ratio", [2, 0], [4, 2])
     assert 0 <= metric.low < metric.value < metric.high <= 1 and metric.higher_is_better
     nothing = scores(EvalPrediction(np.zeros((1, 2), int), np.zeros((1, 2), int)))
     assert nothing == {"f1": 0, "precision": 0, "recall": 0, "accuracy": 1}

@@ -59,8 +59,8 @@ def test_what_is_written_is_compared_with_the_labels(tmp_path, model):
     truth = tokenizer(["a d", "c", "a"], padding=True, return_tensors="np")["input_ids"]
     truth[truth == 0] = -100
     assert scores(EvalPrediction(written, truth)) == pytest.approx({"rougeL": (0.5 + 1 + 0) / 3})
-    metric, right = scores.measure(written, truth)
-    assert (metric.value, metric.n, right) == (pytest.approx(0.5), 3, None)
+    metric, answers = scores.measure(written, truth)
+    assert (metric.value, metric.n, answers.tops.tolist()) == (pytest.approx(0.5), 3, pytest.approx([0.5, 1, 0]))
 
 
 def longest_common(first: list[str], second: list[str]) -> int:
