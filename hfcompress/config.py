@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -37,6 +37,27 @@ CriterionName = Literal[
     "learned",
 ]
 Preset = Literal["int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
+_BITSANDBYTES = get_args(Preset)
+_SCHEME = re.compile(
+    r"(int[2-8]|fixed[2-8]|codebook[1-8]|nf4|fp4|ternary|binary)(-(g[1-9]\d*|channel|tensor))?(-asym)?"
+)
+
+
+def _check_format(name: str) -> str:
+    """Refuse what is neither a preset of bitsandbytes nor a scheme; `hfcompress.checkpoints.grids.Scheme` knows the details."""
+    if name in _BITSANDBYTES or _SCHEME.fullmatch(name):
+        return name
+    near = difflib.get_close_matches(
+        name, [*_BITSANDBYTES, "ternary", "binary", "int4-g64", "int8-channel", "codebook4"], n=1
+    )
+    hint = f"; did you mean {near[0]}?" if near else ";"
+    raise ValueError(
+        f"{name!r} is not allowed{hint} Allowed: {', '.join(map(repr, _BITSANDBYTES))} of bitsandbytes, and int2 to int8, fixed2 to fixed8, "
+        "codebook1 to codebook8, ternary and binary, then maybe -g64, -channel or -tensor, then for int maybe -asym"
+    )
+
+
+WeightFormat = Annotated[str, AfterValidator(_check_format)]
 Task = Literal[
     "text-classification",
     "image-classification",
@@ -537,6 +558,19 @@ class PruneConfig(Section):
             )
 
 
+class ActivationConfig(Section):
+    """How what enters the layers is rounded to 8 bits, one range for each layer.
+
+    Attributes:
+        ranges: "learned" with the weights (learned step size quantization: Esser et al. 2020), or "moving-average" of the extremes of
+            each step (Jacob et al. 2018).
+        samples: Training examples that the first ranges are found on.
+    """
+
+    ranges: Literal["learned", "moving-average"] = "learned"
+    samples: int = Field(default=256, ge=1)
+
+
 class QATConfig(Section):
     """Quantization-aware training: layers multiply with rounded weights while they are trained, and these are what is saved.
 
@@ -547,10 +581,12 @@ class QATConfig(Section):
         start: Share of the run before which weights stay whole.
         end: Share of the run from which on `format` holds; counts only where there is a `first`.
         skip: Names of modules to leave whole besides heads and poolers.
+        activations: How what enters the layers is rounded, from the first format on; None leaves it whole.
     """
 
-    format: str
-    first: list[str] = []
+    format: WeightFormat
+    activations: ActivationConfig | None = None
+    first: list[WeightFormat] = []
     start: float = Field(default=0.0, ge=0, lt=1)
     end: float = Field(default=0.5, gt=0, le=0.9)
     skip: list[str] = []
@@ -559,6 +595,11 @@ class QATConfig(Section):
     def _in_order(self) -> QATConfig:
         if self.first and self.end <= self.start:
             raise ValueError(f"end ({self.end}) must come after start ({self.start})")
+        if self.activations is not None and {self.format, *self.first} & {*_BITSANDBYTES}:
+            raise ValueError(
+                f"activations cannot be rounded beside {', '.join([*self.first, self.format])}: bitsandbytes multiplies in its own way; use a scheme such as "
+                "int8-channel or int4-g64"
+            )
         return self
 
     def format_at(self, progress: float) -> str | None:
@@ -575,6 +616,15 @@ class QATConfig(Section):
             return self.format
         # 0.1 + 0.2 is a little more than 0.3: a step that stands on the border belongs to what follows.
         return self.first[int((progress - self.start) / (self.end - self.start) * len(self.first) + 1e-9)]
+
+
+def _refuse_tokens(section: str, arguments: dict[str, Any]) -> None:
+    """Raise ValueError if training arguments of a recipe, which is kept beside what it makes, hold a token."""
+    for key in arguments:
+        if key.endswith("_token"):
+            raise ValueError(
+                f"{section}.{key} would be written down with the recipe; leave it out, and log in with hf auth login or set HF_TOKEN"
+            )
 
 
 class RecoverConfig(Section):
@@ -608,6 +658,7 @@ class RecoverConfig(Section):
             raise ValueError("iterations are those of init: loftq; leave them out")
         if not self.targets:
             raise ValueError("targets names no layer; give all-linear or names")
+        _refuse_tokens("train", self.train)
         for key in ("output_dir", "seed", "push_to_hub"):
             if key in self.train:
                 raise ValueError(f"train.{key} is the recipe's own to set; leave it out")
@@ -615,19 +666,23 @@ class RecoverConfig(Section):
 
 
 class QuantizeConfig(Section):
-    """bitsandbytes variants to make of the result.
+    """Quantized variants to make of the result.
 
     Attributes:
-        presets: Which ones; see `hfcompress.quantization.PRESETS`.
+        presets: Which ones: int8, nf4, nf4-dq, fp4, fp4-dq for bitsandbytes; or a scheme that hfcompress packs, such as int3-g64-asym
+            (see `hfcompress.checkpoints.grids.Scheme`).
+        samples: Training examples that the weights are rounded on, layer by layer; None rounds each to the nearest number. Worth it below
+            8 bits.
         skip: Names of modules to leave unquantized besides heads and poolers.
         dtype: Storage of everything that is not quantized; "auto" keeps what the model has.
-        compute_dtype: What 4-bit weights are multiplied in; "auto" is `dtype`.
-        storage: The type in which 4-bit codes are held. FSDP needs that of everything else.
+        compute_dtype: Of bitsandbytes: what 4-bit weights are multiplied in; "auto" is `dtype`.
+        storage: Of bitsandbytes: the type in which 4-bit codes are held. FSDP needs that of everything else.
         threshold: Of int8: inputs of this size and more are multiplied in float (LLM.int8); 0 multiplies all in int8.
-        recover: Adapters that win back what each variant lost, or None.
+        recover: Adapters that win back what each variant of bitsandbytes lost, or None.
     """
 
-    presets: list[Preset] = Field(default=["int8", "nf4-dq"], min_length=1)
+    presets: list[WeightFormat] = Field(default=["int8", "nf4-dq"], min_length=1)
+    samples: int | None = Field(default=None, ge=1)
     skip: list[str] = []
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -635,8 +690,27 @@ class QuantizeConfig(Section):
     threshold: float = Field(default=6.0, ge=0, allow_inf_nan=False)
     recover: RecoverConfig | None = None
 
+    @model_validator(mode="after")
+    def _fits(self) -> QuantizeConfig:
+        packed = [preset for preset in self.presets if preset not in _BITSANDBYTES]
+        if self.recover is not None and packed:
+            raise ValueError(
+                f"recover puts adapters on layers of bitsandbytes, not on {packed[0]}; leave one of them out"
+            )
+        if self.samples is not None:
+            if self.recover is not None and self.recover.iterations > 1:
+                raise ValueError("samples and recover.iterations both change the weights; leave one of them out")
+            for name in ("compute_dtype", "storage", "threshold"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is for weights that are rounded to the nearest; leave out it or samples")
+        return self
+
+    def by_bitsandbytes(self, preset: str) -> bool:
+        """Whether bitsandbytes rounds a variant itself."""
+        return preset in _BITSANDBYTES and self.samples is None
+
     def settings_of(self, preset: str) -> dict[str, Any]:
-        """Those that concern a preset, as `hfcompress.quantize` takes them.
+        """Those that concern a variant that bitsandbytes rounds, as `hfcompress.quantize` takes them.
 
         Example:
             >>> QuantizeConfig(threshold=0.0).settings_of("int8")
@@ -823,6 +897,32 @@ class MeasureConfig(Section):
     device: str = "auto"
 
 
+class ContractConfig(Section):
+    """What the result has to keep, as measured beside its baseline on the same examples: see `hfcompress check`.
+
+    Attributes:
+        max_drop: It loses at most so many points of its score (per cent of a perplexity), by the whole 95 % interval.
+        min_speedup: It is at least so many times as fast, by the whole 95 % interval.
+        max_mb: Its weights take at most so many million bytes on disk.
+        max_latency_ms: A batch takes at most so long, by the whole 95 % interval.
+
+    Example:
+        >>> ContractConfig(max_drop=1.0, min_speedup=1.8).model_dump(exclude_none=True)
+        {'max_drop': 1.0, 'min_speedup': 1.8}
+    """
+
+    max_drop: float | None = Field(default=None, allow_inf_nan=False)
+    min_speedup: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_mb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_latency_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ContractConfig:
+        if all(value is None for value in self.model_dump().values()):
+            raise ValueError(f"a contract has at least one of {', '.join(type(self).model_fields)}")
+        return self
+
+
 class PushConfig(Section):
     """Where the result goes on the Hub.
 
@@ -852,6 +952,7 @@ class Recipe(Section):
         quantize: Variants to make of the result, or None.
         train: Any of transformers' TrainingArguments.
         measure: How latency is measured.
+        contract: What the result has to keep, or None; the run's exit status says whether it does.
         push: Where the result goes, or None.
         output: Folder of the run.
         seed: Of everything random.
@@ -862,7 +963,7 @@ class Recipe(Section):
         >>> Recipe.from_dict({"prunee": {}})
         Traceback (most recent call last):
         ...
-        hfcompress.config.RecipeError: recipe: prunee is not a key here; did you mean prune? Allowed: data, distill, measure, model, output, prune, push, qat, quantize, seed, student, task, teacher, train
+        hfcompress.config.RecipeError: recipe: prunee is not a key here; did you mean prune? Allowed: contract, data, distill, measure, model, output, prune, push, qat, quantize, seed, student, task, teacher, train
     """
 
     task: Task | None = None
@@ -876,6 +977,7 @@ class Recipe(Section):
     quantize: QuantizeConfig | None = None
     train: dict[str, Any] = {}
     measure: MeasureConfig = MeasureConfig()
+    contract: ContractConfig | None = None
     push: PushConfig | None = None
     output: str | None = None
     seed: int = Field(default=42, ge=0, lt=2**32)
@@ -889,6 +991,7 @@ class Recipe(Section):
             ("train", self.train),
             ("teacher.train", (self.teacher or TeacherConfig()).train),
         ):
+            _refuse_tokens(section, arguments)
             for key in arguments:
                 if key in reserved:
                     raise ValueError(f"{section}.{key} contradicts {reserved[key]}; set {reserved[key]} only")
@@ -961,8 +1064,41 @@ _Loader.add_implicit_resolver(
 )
 
 
+_MOST_VALUES = 100_000  # in a recipe, anchors written out
+
+
 def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    """Plain data from YAML; a key that stands twice is an error, and so are anchors that contain themselves or write out to millions."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"with its anchors written out it has more than {_MOST_VALUES:,} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, counted: dict[yaml.Node, int | None]) -> int:
+    if node in counted:
+        known = counted[node]
+        if known is None:
+            raise yaml.MarkedYAMLError(problem="a value contains itself", problem_mark=node.start_mark)
+        return known
+    counted[node] = None
+    inner = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    raise yaml.MarkedYAMLError(problem=f"{_shown(key.value)} stands twice", problem_mark=key.start_mark)
+                names.add(key.value)
+    counted[node] = 1 + sum(_count_values(part, counted) for part in inner)
+    return counted[node] or 1
 
 
 def _override(values: Any, text: str, *, source: str) -> None:

@@ -66,6 +66,7 @@ def test_a_whole_recipe_goes_to_yaml_and_back(tmp_path):
         "quantize": {"presets": ["nf4", "int8"], "skip": ["classifier"]},
         "train": {"num_train_epochs": 1, "bf16": True},
         "measure": {"threads": 1},
+        "contract": {"max_drop": 1.0, "min_speedup": 1.8, "max_mb": 60.0},
         "push": {"repo": "me/model"},
         "output": "runs/one",
         "seed": 2**32 - 1,
@@ -150,7 +151,7 @@ def test_unknown_keys_without_a_near_name(key):
 
 
 def test_keys_that_are_empty():
-    assert refusal({"": 1}).startswith("recipe: '' is not a key here. Allowed: data, ")
+    assert refusal({"": 1}).startswith("recipe: '' is not a key here. Allowed: contract, data, ")
     assert refusal({"prune": {"": 1}}).startswith("recipe: prune.'' is not a key here. Allowed: at_least, ")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hfcompress.anatomy.sites import linear_features
 from hfcompress.checkpoints.grids import Grid, Scheme
+from hfcompress.checkpoints.inputs import snap_inputs
 
 _TRITS = 5  # 3^5 = 243 numbers fit into a byte
 
@@ -94,12 +95,15 @@ class PackedLinear(nn.Module):
         dtype: Of the bias and of what the products are computed in.
         scale_dtype: Of the scales and offsets on disk and in memory.
         device: Where the empty tensors are made.
+        rounds_inputs: Whether what enters is rounded to 8 bits first.
 
     Attributes:
         codes: uint8, shape (`packed_bytes`,).
         scale: Shape (blocks,).
         offset: Shape (blocks,), or None.
         levels: Of a codebook, float, shape (levels,); None for other schemes, whose levels follow from their name.
+        input_step: Distance of the numbers that inputs are rounded to, scalar in float32, or None.
+        input_zero: How many of them are below 0, scalar in float32, or None.
         source_cls: What it was made from, nn.Linear or Conv1D: named as in the layers of bitsandbytes.
     """
 
@@ -107,6 +111,8 @@ class PackedLinear(nn.Module):
     scale: torch.Tensor
     offset: torch.Tensor | None
     levels: torch.Tensor | None
+    input_step: torch.Tensor | None
+    input_zero: torch.Tensor | None
     source_cls: type[nn.Module] = nn.Linear
 
     def __init__(
@@ -119,6 +125,7 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
+        rounds_inputs: bool = False,
     ) -> None:
         super().__init__()
         self.scheme, self.in_features, self.out_features, self.dtype = scheme, inputs, outputs, dtype
@@ -132,6 +139,8 @@ class PackedLinear(nn.Module):
         self.register_buffer("offset", torch.empty(blocks, dtype=scale_dtype, **empty) if scheme.affine else None)
         book = scheme.kind == "codebook"
         self.register_buffer("levels", torch.empty(2 ** int(scheme.bits), dtype=scale_dtype, **empty) if book else None)
+        for name in ("input_step", "input_zero"):
+            self.register_buffer(name, torch.empty((), dtype=torch.float32, **empty) if rounds_inputs else None)
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, **empty), requires_grad=False) if bias else None
 
     @classmethod
@@ -186,12 +195,19 @@ class PackedLinear(nn.Module):
         return self.grid().decode(codes).to(self.dtype)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs times the decoded weights, plus bias."""
+        """Inputs, rounded if they are to be, times the decoded weights, plus bias."""
+        if self.input_step is not None and self.input_zero is not None:
+            inputs = snap_inputs(inputs, self.input_step, self.input_zero)
         return F.linear(inputs, self.weight.to(inputs.dtype), self.bias)
+
+    def round_inputs(self, step: torch.Tensor, zero: torch.Tensor) -> None:
+        """Round what enters from now on; see `hfcompress.checkpoints.inputs.snap_inputs`."""
+        self.input_step, self.input_zero = (value.detach().float().to(self.codes.device) for value in (step, zero))
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         """As nn.Module, which moves and casts; but scales keep their type, or the weights would be others."""
-        kept = {name: getattr(self, name) for name in ("scale", "offset", "levels") if getattr(self, name) is not None}
+        names = ("scale", "offset", "levels", "input_step", "input_zero")
+        kept = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             if getattr(self, name).dtype != before.dtype:
@@ -204,7 +220,14 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
 
 
-def put_packed(model: nn.Module, schemes: Mapping[str, str], *, dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+def put_packed(
+    model: nn.Module,
+    schemes: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    rounds_inputs: Collection[str] = (),
+) -> None:
     """Replace linear layers by empty packed ones, in place, on the device they are on.
 
     Raises:
@@ -224,6 +247,7 @@ def put_packed(model: nn.Module, schemes: Mapping[str, str], *, dtype: torch.dty
             dtype=dtype,
             scale_dtype=scale_dtype,
             device=linear.weight.device,
+            rounds_inputs=name in rounds_inputs,
         )
         packed.source_cls = type(linear)
         model.set_submodule(name, packed.train(linear.training))

@@ -7,7 +7,7 @@ those of bitsandbytes where the config says, each layer with a scheme of its own
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules: Name of a linear layer to "int8", "nf4", "nf4-dq", "fp4", "fp4-dq" (bitsandbytes) or the name of a `Scheme`.
         scale_dtype: Of scales and offsets of packed layers.
         compute_dtype: What 4-bit weights of bitsandbytes are multiplied in.
+        int8_inputs: Packed layers that round what enters them to 8 bits.
         version: Of this format.
         **kwargs: What transformers adds.
 
@@ -56,6 +57,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules: Mapping[str, str] | None = None,
         scale_dtype: str = "float16",
         compute_dtype: str = "float32",
+        int8_inputs: Sequence[str] = (),
         version: int = VERSION,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
@@ -70,6 +72,10 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
             if name not in ("float16", "bfloat16", "float32"):
                 raise ValueError(f"a type of scales and products is float16, bfloat16 or float32, not {name!r}")
         self.scale_dtype, self.compute_dtype = scale_dtype, compute_dtype
+        self.int8_inputs = list(int8_inputs)
+        for name in self.int8_inputs:
+            if self.modules.get(name) in (None, *PRESETS):
+                raise ValueError(f"the inputs of {name} cannot be rounded: it is not packed")
         self.llm_int8_enable_fp32_cpu_offload = False  # the parent of the quantizer asks
 
     def bitsandbytes(self, preset: str) -> BitsAndBytesConfig:
@@ -78,8 +84,8 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
-        names = ("quant_method", "version", "modules", "scale_dtype", "compute_dtype")
-        return {name: getattr(self, name) for name in names}
+        names = ("quant_method", "version", "modules", "scale_dtype", "compute_dtype", "int8_inputs")
+        return {name: getattr(self, name) for name in names if name != "int8_inputs" or self.int8_inputs}
 
 
 class _Deserialize(ConversionOps):  # type: ignore[misc]
@@ -128,7 +134,10 @@ class PackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         }
         packed = {name: scheme for name, scheme in modules.items() if scheme not in PRESETS}
         dtype = getattr(model, "dtype", torch.float32)
-        put_packed(model, packed, dtype=dtype, scale_dtype=getattr(torch, config.scale_dtype))
+        rounding = (
+            _named(model, {name: config.modules[name] for name in config.int8_inputs}) if config.int8_inputs else {}
+        )
+        put_packed(model, packed, dtype=dtype, scale_dtype=getattr(torch, config.scale_dtype), rounds_inputs=rounding)
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
         for preset in sorted(PRESETS.keys() & {*modules.values()}):
             others = [f"^{re.escape(name)}$" for name in linears if modules.get(name) != preset]

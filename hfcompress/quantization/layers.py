@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from hfcompress.checkpoints.packed import PackedLinear
 from hfcompress.checkpoints.quantizer import PRESETS, PackedConfig
 from hfcompress.checkpoints.record import add_step
 from hfcompress.quantization.formats import Rounded
@@ -33,7 +34,11 @@ def _stays_float(model: nn.Module, name: str) -> bool:
 
 
 def put_rounded(
-    model: PreTrainedModel, rounded: Mapping[str, Rounded], *, compute_dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    rounded: Mapping[str, Rounded],
+    *,
+    compute_dtype: torch.dtype | None = None,
+    inputs: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> None:
     """Replace linear layers by ones that hold their rounded weights, in place, and say so in the config and the record.
 
@@ -44,12 +49,14 @@ def put_rounded(
         model: The model that was rounded, in evaluation mode.
         rounded: The layers, by name.
         compute_dtype: What 4-bit weights of bitsandbytes are multiplied in; None is the type of the model.
+        inputs: Of packed layers that round what enters them: step and zero point (see `hfcompress.checkpoints.inputs`).
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or the inputs of a layer of bitsandbytes are to be rounded.
     """
     if not rounded:
         raise ValueError("no layer was rounded")
+    inputs = inputs or {}
     compute = compute_dtype or model.dtype
     for name, layer in rounded.items():
         linear = model.get_submodule(name)
@@ -61,7 +68,11 @@ def put_rounded(
     if len(written) == 1 and written <= PRESETS.keys():
         config = make_config(next(iter(written)), skip=skipped, dtype=compute)
     else:
-        config = PackedConfig(names, compute_dtype=str(compute).removeprefix("torch."))
+        config = PackedConfig(names, compute_dtype=str(compute).removeprefix("torch."), int8_inputs=list(inputs))
+    for name, grid in inputs.items():
+        packed = model.get_submodule(name)
+        assert isinstance(packed, PackedLinear), "PackedConfig has refused it"
+        packed.round_inputs(*grid)
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method
     model.hf_quantizer.postprocess_model(model)

@@ -14,16 +14,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from hfcompress.checkpoints.adapters import read_config
 from hfcompress.checkpoints.io import load
@@ -32,6 +32,7 @@ from hfcompress.config import (
     DataConfig,
     DistillConfig,
     ModelConfig,
+    QuantizeConfig,
     Recipe,
     RecipeError,
     RecoverConfig,
@@ -39,14 +40,20 @@ from hfcompress.config import (
 )
 from hfcompress.distillation import make_student
 from hfcompress.hub import push_folder, save_probe, verify_folder, write_card
-from hfcompress.hub.card import RESULTS_FILE, read_results
-from hfcompress.hub.picture import save_tradeoff_picture
+from hfcompress.hub.contract import ContractError, Status, best_verdict, describe, judge, verdict
+from hfcompress.hub.lineage import describe_source
+from hfcompress.hub.picture import curves_of, save_tradeoff_picture
+from hfcompress.hub.predictions import PREDICTIONS_FILE
+from hfcompress.hub.report import REPORT_FILE
+from hfcompress.hub.results import RESULTS_FILE, public_name, read_results, repository_of, without_paths
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import Metric, provenance
+from hfcompress.measurement.provenance import hide_secrets
 from hfcompress.quantization import add_adapters, own_device_map, quantize, refit_weights, without_dropout
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.examples import drop
 from hfcompress.runs.processors import copy_processor
+from hfcompress.runs.quantizing import quantize_folder
 from hfcompress.runs.teaching import CACHE_FOLDER, open_teachers
 from hfcompress.tasks import PreparedTask, prepare
 from hfcompress.tasks.writing import WritingScores
@@ -58,13 +65,16 @@ from hfcompress.training import (
     Seq2SeqDistillationTrainer,
     Seq2SeqPlainTrainer,
 )
+from hfcompress.training.checkpoints import last_checkpoint
 from hfcompress.training.pruning import goal_folder
+from hfcompress.training.sharded import digest, loading_whole
 
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
 TEACHER, STUDENT = "teacher", "student"
-_DONE = "done.json"
+_DONE, _HISTORY = "done.json", "history.json"
+_POINTS = 200  # of a curve, in results.json
 TRADEOFF_FILE = "tradeoff.png"
 
 
@@ -83,6 +93,7 @@ class Run:
     def __init__(self, recipe: Recipe, *, command: str, restart: bool = False) -> None:
         self.recipe = with_default_speedups(recipe)
         self.command = command
+        self.verdict: Status = "met"
         self.data, self.task_name, self.output = self._require()
         self.state = PartialState() if torch.accelerator.is_available() or not _several() else PartialState(cpu=True)
         if self.state.is_main_process:
@@ -129,7 +140,9 @@ class Run:
             for folder in (self.output / name, self.output / f"{name}-checkpoints"):
                 shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(self.output / CACHE_FOLDER, ignore_errors=True)
-        for path in (*marks, self.output / RECIPE_FILE, self.output / RESULTS_FILE, self.output / TRADEOFF_FILE):
+        files = (RECIPE_FILE, RESULTS_FILE, PREDICTIONS_FILE, TRADEOFF_FILE, REPORT_FILE)
+        logs = self.output.glob(f".*.{_HISTORY}")
+        for path in (*marks, *logs, *(self.output / name for name in files)):
             path.unlink(missing_ok=True)
 
     # ---- stages ----
@@ -137,7 +150,8 @@ class Run:
     def run(self) -> list[dict[str, Any]] | None:
         """All stages. Returns the rows of the table on the main process, None on the others."""
         task = self.prepare()
-        teacher = self.make_teacher(task)
+        with loading_whole():
+            teacher = self.make_teacher(task)
         if self.recipe.distill or self.recipe.prune or self.recipe.qat:
             self.make_student(task, teacher)
             models = {TEACHER: self._teacher_folder(), **self._goal_folders(), "student": self.output / STUDENT}
@@ -152,6 +166,8 @@ class Run:
         if not self.state.is_main_process:
             return None
         rows = self.measure(models)
+        self.judge(rows)
+        self._complete(rows)
         self.write_cards(models, rows)
         if self._goal_folders():
             self._draw(rows)
@@ -174,11 +190,11 @@ class Run:
         return self.recipe.prune.target if self.recipe.prune is not None else None
 
     def _draw(self, rows: list[dict[str, Any]]) -> None:
-        """Score against speed of everything that was measured."""
-        metric = rows[0]["metric"]["name"]
-        points = [(row["name"], row.get("speedup", {}).get("median", 1.0), row["metric"]["value"]) for row in rows]
-        save_tradeoff_picture(points, self.output / TRADEOFF_FILE, metric=metric)
-        self._say(f"Score against speed is drawn in {self.output / TRADEOFF_FILE}")
+        """Score against latency of everything that was measured."""
+        ends = ("value", "low", "high")
+        points = [(r["name"], r["latency"]["median_ms"], *(r["metric"][end] for end in ends)) for r in rows]
+        save_tradeoff_picture(points, self.output / TRADEOFF_FILE, metric=rows[0]["metric"]["name"])
+        self._say(f"Score against latency is drawn in {self.output / TRADEOFF_FILE}")
 
     def _choose(self, rows: list[dict[str, Any]], models: dict[str, Path]) -> None:
         """Say which model is the fastest that loses no more than the recipe allows."""
@@ -353,16 +369,20 @@ class Run:
             "compute_metrics": task.compute_metrics,
             "preprocess_logits_for_metrics": task.preprocess_logits_for_metrics,
         }
-        trainer = make(args, common)
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        with loading_whole():
+            trainer = make(args, common)
+        last = last_checkpoint(checkpoints)
         if last is not None:
             self._say(f"Going on from {last}")
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trainer.save_model(str(self.output / name))
+        if self.state.is_main_process:
+            log = json.dumps(_thinned(trainer.state.log_history))
+            (self.output / f".{name}.{_HISTORY}").write_text(log, encoding="utf-8")
         if name == STUDENT and self.state.is_main_process:
             self._collect_goals(checkpoints)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        self._require_agreement(model)
+        self._require_agreement(trainer)
+        model = self._trained_model(name, trainer)
         self._finish(name, model)
         return model
 
@@ -412,15 +432,21 @@ class Run:
                 save_probe(load(folder), folder)
                 self._mark_done(folder.name)
 
-    def _require_agreement(self, model: nn.Module) -> None:
-        """Make sure that all processes ended with the same shapes and weights."""
+    def _trained_model(self, name: str, trainer: Any) -> nn.Module:
+        """The model that was trained; where it is in shards, what was saved of it."""
+        if trainer.sharding == "none":
+            return trainer.accelerator.unwrap_model(trainer.model)
+        self.state.wait_for_everyone()
+        with loading_whole():
+            return load(self.output / name)
+
+    def _require_agreement(self, trainer: Any) -> None:
+        """Make sure that all processes ended with the same shapes, the same plan and, where each holds them all, the same weights."""
         if self.state.num_processes == 1:
             return
-        digest = hashlib.sha256()
-        for name, tensor in model.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        digests = gather_object([digest.hexdigest()])
+        pruner = getattr(trainer, "pruner", None)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        digests = gather_object([digest(model, None if pruner is None else pruner.units())])
         if len(set(digests)) > 1:
             raise RuntimeError(
                 "the processes hold different weights after training; please report this with your recipe"
@@ -447,6 +473,10 @@ class Run:
         assert config is not None
         if self.state.is_main_process and not self._is_done(target.name):
             self._say(f"Quantizing with {preset}")
+            if not config.by_bitsandbytes(preset):
+                self._round(folder, preset, target, config)
+                self._mark_done(target.name)
+        if self.state.is_main_process and not self._is_done(target.name):
             model = quantize(folder, preset, **config.settings_of(preset))
             if around is not None:
                 full = load(folder, device_map=own_device_map())
@@ -456,6 +486,25 @@ class Run:
             copy_processor(folder, target)
             self._mark_done(target.name)
         self.state.wait_for_everyone()
+
+    def _round(self, folder: Path, preset: str, target: Path, config: QuantizeConfig) -> None:
+        """Write a variant whose weights hfcompress rounds; stopped, it goes on with the layers that are done."""
+        shutil.rmtree(target, ignore_errors=True)
+        kept = self.output / f".{target.name}-layers"
+        quantize_folder(
+            str(folder),
+            target,
+            preset,
+            data=None if config.samples is None else self.data,
+            samples=config.samples or 1,
+            skip=tuple(config.skip),
+            dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+            keep=None if config.samples is None else kept,
+            seed=self.recipe.seed,
+            command=self.command,
+            say=self._say,
+        )
+        shutil.rmtree(kept, ignore_errors=True)
 
     def _recover(self, folder: Path, preset: str, target: Path, config: RecoverConfig, task: PreparedTask) -> Path:
         """Adapters for a quantized model that bring it nearer to what the student learned from."""
@@ -525,15 +574,53 @@ class Run:
             }
             own["base_model"] = base
             (folder / RESULTS_FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+            if (self.output / PREDICTIONS_FILE).is_file():
+                shutil.copyfile(self.output / PREDICTIONS_FILE, folder / PREDICTIONS_FILE)
             write_card(folder, base_model=base, checks=checks)
 
+    def judge(self, rows: list[dict[str, Any]]) -> Status:
+        """Hold every new model against the recipe's contract, say it and keep it; one that keeps it is enough.
+
+        Returns:
+            The verdict on the run; "met" without a contract.
+        """
+        contract = self.recipe.contract
+        if contract is None or len(rows) < 2:
+            return "met"
+        verdicts: list[Status] = []
+        for row in rows[1:]:
+            clauses = judge(contract, row)
+            verdicts.append(verdict(clauses))
+            row["verdict"] = {"status": verdicts[-1], "clauses": [clause.to_dict() for clause in clauses]}
+            self._say(f"Contract of {row['name']}: {verdicts[-1]}")
+            for clause in clauses:
+                sys.stderr.write(f"   {describe(clause)}\n")
+        self.verdict = best_verdict(verdicts)
+        return self.verdict
+
+    def _complete(self, rows: list[dict[str, Any]]) -> None:
+        """Put into `results.json` what the process that measured did not know."""
+        results = {
+            **read_results(self.output),
+            "rows": rows,
+            "name": self.output.resolve().name,
+            "command": self.command,
+        }
+        (self.output / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
     def push(self, models: dict[str, Path]) -> None:
-        """Push the student, and each variant to a repository of its own."""
+        """Push the student, and each variant to a repository of its own; what fails the contract stays here."""
         assert self.recipe.push is not None
         for folder in models.values():
             if folder.parent == self.output and folder.name != TEACHER:
                 repo = self.recipe.push.repo + folder.name.removeprefix(STUDENT)
-                commit = push_folder(folder, repo, private=self.recipe.push.private, revision=self.recipe.push.revision)
+                try:
+                    commit = push_folder(
+                        folder, repo, private=self.recipe.push.private, revision=self.recipe.push.revision
+                    )
+                except ContractError as error:
+                    self._say(f"Not pushed: {error}")
+                    continue
                 self._say(f"Pushed {folder} to {commit.repo_url}")
 
     # ---- marks ----
@@ -577,18 +664,74 @@ def run_recipe(recipe: Recipe, *, command: str, restart: bool = False) -> list[d
     return Run(recipe, command=command, restart=restart).run()
 
 
-def results_of(recipe: Recipe, task: PreparedTask, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def origins_of(names: Sequence[str]) -> dict[str, str]:
+    """Which model each was made from, by their names in a run, the baseline first.
+
+    Example:
+        >>> origins_of(["teacher", "pruned 2x", "pruned", "pruned + int8"])
+        {'pruned 2x': 'teacher', 'pruned': 'pruned 2x', 'pruned + int8': 'pruned'}
+    """
+    origins, last = {}, names[0]
+    for name in names[1:]:
+        below = name.rpartition(" + ")[0]
+        origins[name] = below or last
+        last = last if below else name
+    return origins
+
+
+def _thinned(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """A trainer's log, numbers only, with at most so many entries of each kind, evenly spread."""
+    numbers = [{k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in log]
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for place, entry in enumerate(numbers):
+        kinds.setdefault(tuple(sorted(curves_of([entry]))), []).append(place)
+    kept = {
+        places[round(i)]
+        for places in kinds.values()
+        for i in np.linspace(0, len(places) - 1, min(len(places), _POINTS))
+    }
+    return [numbers[place] for place in sorted(kept)]
+
+
+def results_of(recipe: Recipe, task: PreparedTask, rows: list[dict[str, Any]], output: Path) -> dict[str, Any]:
     """The content of `results.json`."""
-    assert recipe.data is not None
-    name = recipe.data.title or recipe.data.name or Path(str(recipe.data.train)).name
+    data = recipe.data
+    assert data is not None
+    about: dict[str, Any] = {
+        "name": data.title or data.name or Path(str(data.train)).name,
+        "train_n": len(task.train_dataset),
+        "eval_n": len(task.eval_dataset),
+        "fingerprint": task.fingerprint,
+    }
+    if recipe.prune is not None:
+        about["calibration_n"] = min(recipe.prune.criterion.samples, len(task.train_dataset))
+    if repository_of(data.name) and data.name is not None:
+        split = {"config": data.config, "split": data.eval}
+        about |= {"repository": data.name, **{key: value for key, value in split.items() if value}}
+    logs = sorted(output.glob(f".*.{_HISTORY}"))
     return {
         "rows": rows,
         "task": recipe.task,
-        "data": {
-            "name": name,
-            "train_n": len(task.train_dataset),
-            "eval_n": len(task.eval_dataset),
-            "fingerprint": task.fingerprint,
-        },
+        "data": about,
+        "lineage": lineage_of(recipe, about["name"]),
+        "history": {path.name[1:].removesuffix(f".{_HISTORY}"): json.loads(path.read_text("utf-8")) for path in logs},
+        "recipe": without_paths(json.loads(hide_secrets(recipe.model_dump_json(exclude_unset=True)))),
+        **({} if recipe.contract is None else {"contract": recipe.contract.model_dump(exclude_none=True)}),
         **provenance(seed=recipe.seed),
     }
+
+
+def lineage_of(recipe: Recipe, data_name: str) -> dict[str, Any]:
+    """What base, teacher and data are called, and their licences as far as those are said."""
+    named = recipe.teacher.names[0] if recipe.teacher is not None and recipe.teacher.names else None
+    found = {}
+    start = recipe.model.name if recipe.model is not None else named  # without a model, the teacher's copy
+    if start is not None:
+        known = recipe.model.base_model if recipe.model is not None else None
+        found["base"] = describe_source(known or public_name(start), start)
+    if named is not None:
+        found["teacher"] = describe_source(public_name(named), named)
+    if recipe.data is not None:
+        source = recipe.data.name or recipe.data.train
+        found["data"] = describe_source(data_name, source, kind="dataset")
+    return found

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import transformers
 from huggingface_hub import ModelCard
 
 import hfcompress
 from hfcompress.checkpoints.record import read_steps, read_units
+from hfcompress.cli.main import main
 from hfcompress.config import Recipe, RecipeError
 from hfcompress.hub import verify
+from hfcompress.hub.predictions import read_answers
+from hfcompress.hub.report import write_report
+from hfcompress.hub.results import read_results
 from hfcompress.hub.verify import VerificationError
+from hfcompress.measurement import compare_answers
 from hfcompress.quantization import quantize
 from hfcompress.runs import Run, format_rows, pipeline, run_recipe
-from tests.hub.folders import all_fine, none_fine, row
+from hfcompress.runs.pipeline import _thinned
+from tests.hub.folders import all_fine, change, none_fine, row, speedup
 from tests.tasks.conftest import save_bert
 
 BASE = {
@@ -31,7 +40,13 @@ BASE = {
         "at_least": {"neurons": 1},
     },
     "quantize": {"presets": ["int8"]},
-    "train": {"max_steps": 6, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 3},
+    "train": {
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "logging_steps": 2,
+    },
     "measure": {"batch": 2, "length": 8, "rounds": 3, "warmup": 0, "threads": 1, "device": "cpu"},
 }
 
@@ -90,6 +105,87 @@ def test_a_whole_run(finished):
     assert results["data"]["name"] == "films.csv" and (results["data"]["train_n"], results["data"]["eval_n"]) == (36, 4)
     table = format_rows(rows).splitlines()
     assert len(table) == 4 and "accuracy (n=4)" in table[0] and table[3].startswith("pruned + int8")
+
+
+def test_what_the_results_hold(finished):
+    output, rows = finished
+    results = read_results(output)
+    assert (results["name"], results["command"]) == ("tiny", "hfcompress run tiny.yaml")
+    assert results["recipe"]["data"]["train"] == "path/to/films.csv" and results["recipe"]["train"]["max_steps"] == 6
+    assert results["lineage"]["base"] == {"name": "somebody/base", "licence": None, "said_by": None}
+    assert list(results["history"]) == ["student", "teacher"]
+    assert results["history"]["student"][-1]["train_runtime"] > 0
+    teacher, student, small = rows
+    assert "change" not in teacher and (student["origin"], small["origin"]) == ("teacher", "pruned")
+    answers, fingerprint = read_answers(output)
+    assert list(answers) == [row["name"] for row in rows] and fingerprint == results["data"]["fingerprint"]
+    for entry in rows:
+        assert answers[entry["name"]].score() == entry["metric"]["value"]
+        assert [each["name"] for each in entry["classes"]] == ["fine", "poor"]
+        found = [int(np.sum(answers[entry["name"]].right & (answers[entry["name"]].labels == k))) for k in (0, 1)]
+        assert [each["right"] for each in entry["classes"]] == found
+    for entry in (student, small):
+        expected = compare_answers(answers["teacher"], answers[entry["name"]])
+        assert entry["change"] == asdict(expected)
+    assert small["step"]["change"] == asdict(compare_answers(answers["pruned"], answers["pruned + int8"]))
+    assert (output / "student" / "predictions.npz").read_bytes() == (output / "predictions.npz").read_bytes()
+    assert "verdict" not in student
+
+
+def test_the_report_of_a_run(finished):
+    output, _ = finished
+    page = write_report(output).read_text()
+    for words in ("pruned + int8", "Training: student", "hfcompress run tiny.yaml", "fine", "path/to/films.csv"):
+        assert words in page
+    assert str(output.parent) not in page
+
+
+def test_a_run_is_held_against_its_contract(finished, material, tmp_path, monkeypatch, capsys, local_hub):
+    """The variant fails, the student keeps it: the run is fine, and the variant is not pushed."""
+    done, _ = finished
+    output = tmp_path / "tiny"
+    shutil.copytree(done, output)
+    recipe = recipe_for(material, output, push={"repo": "tester/tiny"}, contract={"max_drop": 1.0, "min_speedup": 1.5})
+    (output / "recipe.yaml").write_text(recipe.to_yaml())
+    (output / "results.json").unlink()
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    rows = [row("teacher", "teacher", 0.9)]
+    for name, folder, median in (("pruned", "student", 2.0), ("pruned + int8", "student-int8", 1.1)):
+        rows.append(row(name, folder, 0.9, change=change(0.0, 0.5), speedup=speedup(median)))
+
+    def measure(self, models):
+        contract = self.recipe.contract.model_dump(exclude_none=True)
+        (self.output / "results.json").write_text(json.dumps({"rows": rows, "data": {}, "contract": contract}))
+        return rows
+
+    monkeypatch.setattr(Run, "measure", measure)
+    run = Run(recipe, command="x")
+    run.run()
+    said = capsys.readouterr().err
+    assert run.verdict == "met" and "Contract of pruned: met" in said and "Contract of pruned + int8: failed" in said
+    assert "at least 1.5x as fast: 1.10x [1.00, 1.20]: failed" in said
+    assert f"Not pushed: {output / 'student-int8'} fails the contract" in said
+    assert list(local_hub.repo_ids()) == ["tester/tiny"]
+    kept = read_results(output / "student-int8")
+    mine = next(entry for entry in kept["rows"] if entry["folder"] == ".")
+    assert mine["verdict"]["status"] == "failed" and mine["verdict"]["clauses"][1]["status"] == "failed"
+    assert "**The contract of its recipe: met.**" in (output / "student" / "README.md").read_text()
+    # The exit status says it, and here nothing is met any more.
+    rows[1]["speedup"] = speedup(1.5)
+    (output / "r.yaml").write_text(recipe.model_copy(update={"push": None}).to_yaml())
+    (output / "recipe.yaml").write_text(recipe.model_copy(update={"push": None}).to_yaml())
+    assert main(["run", str(output / "r.yaml")]) == 3
+    rows[1]["speedup"] = speedup(1.2)
+    assert main(["run", str(output / "r.yaml")]) == 1
+    assert "Contract: failed" in capsys.readouterr().out
+
+
+def test_a_log_is_thinned_evenly():
+    log = [{"step": step, "loss": 1.0, "note": "words"} for step in range(1000)] + [{"step": 1000, "eval_loss": 0.5}]
+    thin = _thinned(log)
+    steps = [entry["step"] for entry in thin]
+    assert len(thin) == 201 and steps[0] == 0 and steps[-2:] == [999, 1000] and steps == sorted(steps)
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= 6 and "note" not in thin[0]
 
 
 def test_what_it_leaves_loads(finished):
@@ -402,3 +498,24 @@ def test_a_bound_alone_is_looked_for_among_customary_speeds(material, tmp_path):
     assert list(run._goal_folders()) == ["pruned 1.5x", "pruned 2x", "pruned 3x"]
     with pytest.raises(RecipeError, match="cut: end"):
         Run(recipe_for(material, tmp_path / "x", prune={"target": {"max_drop": 1.0}, "cut": "end"}), command="x")
+
+
+def test_variants_in_schemes_of_our_own_rounded_on_data(finished, material, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    monkeypatch.setattr(Run, "measure", measured([(0.9, 1.0), (0.9, 1.0), (0.9, 1.0)]))
+    recipe = recipe_for(
+        material,
+        tmp_path / "run",
+        model=None,
+        teacher={"name": str(finished[0] / "teacher")},
+        quantize={"presets": ["int3-g16-asym", "nf4"], "samples": 16},
+        distill=None,
+        prune=None,
+    )
+    rows = run_recipe(recipe, command="the test")
+    assert [entry["name"] for entry in rows] == ["teacher", "teacher + int3-g16-asym", "teacher + nf4"]
+    for name in ("int3-g16-asym", "nf4"):
+        folder = tmp_path / "run" / f"student-{name}"
+        (step,) = [step for step in read_steps(hfcompress.load(folder).config) if step["step"] == "quantize"]
+        assert step["method"] == "second order" and step["calibration_n"] == 16 and step["layers"].keys() == {name}
+    assert not list((tmp_path / "run").glob(".*-layers"))

@@ -7,16 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import TrainerCallback
 
 import hfcompress
 from hfcompress.checkpoints.packed import PackedLinear
 from hfcompress.checkpoints.record import read_steps
 from hfcompress.config import Recipe, RecipeError
-from hfcompress.quantization.aware import AwareLinear, make_aware, round_aware
+from hfcompress.quantization.aware import AwareLinear, InputRange, input_ranges, make_aware, round_aware
 from hfcompress.quantization.formats import format_of
 from hfcompress.quantization.layers import layers_to_quantize
 from hfcompress.training import CompressionTrainer, DistillationTrainer
@@ -217,3 +219,123 @@ def test_what_a_recipe_cannot_say() -> None:
         DistillationTrainer(
             model=build("bert", "sequence", seed=1), recipe=Recipe.from_dict({"distill": {}, "qat": {"format": "int4"}})
         )
+
+
+# ---- activations ----
+
+
+def by_hand(
+    x: np.ndarray, low: float, high: float, upstream: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Rounded inputs, and the gradients of inputs, low and high (Esser et al. 2020, with a zero point)."""
+    step = (high - low) / 255
+    zero = np.round(-low / step)
+    number = np.round(x / step) + zero
+    inside, above, below = (number >= 0) & (number <= 255), number > 255, number < 0
+    snapped = (np.clip(number, 0, 255) - zero) * step
+    of_step = np.where(inside, np.round(x / step) - x / step, np.where(above, 255 - zero, -zero))
+    # The zero point moves with -low / step where the number stands at an end of the grid.
+    ends = above | below
+    zero_by_low, zero_by_step = -1 / step, low / step**2
+    by_low = of_step * (-1 / 255) + np.where(ends, -step * (zero_by_low + zero_by_step * (-1 / 255)), 0)
+    by_high = of_step * (1 / 255) + np.where(ends, -step * zero_by_step / 255, 0)
+    scale = (x.shape[-1] * 255) ** -0.5
+    return (
+        snapped,
+        upstream * inside,
+        scale * float((upstream * by_low).sum()),
+        scale * float((upstream * by_high).sum()),
+    )
+
+
+def test_rounded_inputs_and_their_gradients_are_those_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    x, upstream = rng.normal(0, 1.3, (7, 11)), rng.normal(size=(7, 11))
+    one = InputRange(torch.device("cpu"))
+    one.observing = False
+    one.put(torch.tensor([-1.25, 2.5]))
+    inputs = torch.tensor(x, dtype=torch.float32, requires_grad=True)
+    out = one(inputs, training=True)
+    (out * torch.tensor(upstream)).sum().backward()
+    snapped, by_x, by_low, by_high = by_hand(x, -1.25, 2.5, upstream)
+    assert (snapped != x).all() and (np.abs(by_x) == 0).any()
+    np.testing.assert_allclose(out.detach().numpy(), snapped, atol=1e-6)
+    np.testing.assert_allclose(inputs.grad.numpy(), by_x, atol=1e-6)
+    np.testing.assert_allclose([one.low.grad.item(), one.high.grad.item()], [by_low, by_high], rtol=1e-4)
+
+
+@pytest.mark.parametrize("ranges", ["learned", "moving-average"])
+@pytest.mark.parametrize("family", TASKS)
+def test_activations_are_saved_and_computed_as_they_were_trained(tmp_path: Path, family: str, ranges: str) -> None:
+    qat = {"format": "int4-g16-asym", "activations": {"ranges": ranges, "samples": 12}, "start": 0.3}
+    seen: dict[str, Any] = {}
+
+    class Looks(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            seen["logits"] = logits(model, family)
+            seen["ranges"] = {name: (one.low.item(), one.high.item()) for name, one in input_ranges(model).items()}
+
+    trainer = train(tmp_path, family, qat=qat, given={"callbacks": [Looks()]}, learning_rate=1e-2)
+    assert torch.equal(logits(trainer.model, family), seen["logits"])
+    packed = {name: m for name, m in trainer.model.named_modules() if isinstance(m, PackedLinear)}
+    assert packed.keys() == seen["ranges"].keys() and len(packed) >= 12
+    assert all(high > 0 > low for low, high in seen["ranges"].values() if low != 0)
+    assert len({layer.input_step.item() for layer in packed.values()}) > 3
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = hfcompress.load(tmp_path / "saved")
+    assert torch.equal(logits(loaded, family), seen["logits"])
+    # Without the rounding of activations it is another model.
+    for layer in loaded.modules():
+        if isinstance(layer, PackedLinear):
+            layer.input_step = layer.input_zero = None
+    assert not torch.equal(logits(loaded, family), seen["logits"])
+
+
+@pytest.mark.parametrize("ranges", ["learned", "moving-average"])
+def test_a_run_with_ranges_goes_on_to_the_bit(tmp_path: Path, ranges: str) -> None:
+    qat = {"format": "int4-g16-asym", "activations": {"ranges": ranges, "samples": 12}, "start": 0.2}
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = train(tmp_path / "whole", qat=qat, **options)
+    for step in (2, 4):
+        again = train(tmp_path / "again", qat=qat, resume=str(tmp_path / "whole" / f"checkpoint-{step}"), **options)
+        ours, theirs = again.model.state_dict(), whole.model.state_dict()
+        assert sum("input_step" in name for name in ours) == 18
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("ranges", ["learned", "moving-average"])
+def test_ranges_do_not_depend_on_how_a_batch_is_split(tmp_path: Path, ranges: str) -> None:
+    qat = {"format": "int8-channel", "activations": {"ranges": ranges, "samples": 8}}
+    descent = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "per_device_eval_batch_size": 4}
+    found: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Looks(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            ranges = input_ranges(model).items()
+            found[args.gradient_accumulation_steps] = {
+                name: torch.stack((one.low, one.high)).detach() for name, one in ranges
+            }
+
+    for batch, steps in ((8, 1), (2, 4)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
+        train(tmp_path, qat=qat, given={"callbacks": [Looks()]}, **sizes, **descent)
+    assert len(found[1]) == 18
+    for name, ends in found[1].items():
+        torch.testing.assert_close(found[4][name], ends, rtol=1e-4, atol=1e-5)
+
+
+def test_ranges_move_as_they_should(tmp_path: Path) -> None:
+    found: dict[str, list[float]] = {}
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            for name, one in input_ranges(model).items():
+                found.setdefault(name, []).append(one.high.item())
+
+    for ranges in ("learned", "moving-average"):
+        found.clear()
+        qat = {"format": "int8-channel", "activations": {"ranges": ranges, "samples": 12}}
+        train(tmp_path, qat=qat, given={"callbacks": [Looks()]}, learning_rate=1e-2)
+        assert len(found) == 18 and all(len(set(values)) > 2 for values in found.values()), ranges
+    with pytest.raises(RecipeError, match="activations cannot be rounded beside nf4"):
+        Recipe.from_dict({"qat": {"format": "nf4", "activations": {}}})
