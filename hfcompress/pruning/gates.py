@@ -81,6 +81,10 @@ class Gates:
             with torch.no_grad():
                 self.values[name][index] = 0.0
 
+    def take_over(self, other: Gates) -> None:
+        """Close what other gates on the same sites close."""
+        self.close({name: (value.detach() == 0).nonzero().flatten() for name, value in other.values.items()})
+
     def open_units(self, name: str) -> torch.Tensor:
         """Indices of the open units of a site, int64, ascending, on the CPU."""
         return (self.values[name].detach() != 0).nonzero().flatten().cpu()

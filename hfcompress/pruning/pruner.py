@@ -110,6 +110,8 @@ class Pruner:
         budget: What the target means for the model, if it is known already (it may have to be measured).
         measure: What the target does not say about how time is measured.
         curves: What `rank_units` gave for the model as it is, if it was ranked before; the first update uses them.
+        live: The model that is trained, if its parameters are in shards; `model` is then a plain one of its shapes, weights aside. The
+            live one gets gates, whose gradients are the importance, and keeps them: see `carry_out`.
 
     Raises:
         BudgetError: The target cannot be reached under the recipe's constraints.
@@ -139,14 +141,16 @@ class Pruner:
         budget: Budget | None = None,
         measure: MeasureConfig | None = None,
         curves: dict[str, Curve] | None = None,
+        live: nn.Module | None = None,
     ) -> None:
         if not config.target.goals:
             raise ValueError(
                 "target.max_drop needs a model's score at several speeds; use `hfcompress prune --max-drop`, or give a list of speedups"
             )
         self.model = model
+        self._live = live
         self._given = config
-        self.config = fit_to_device(config, model)
+        self.config = fit_to_device(config, live or model)
         self.total_steps = total_steps
         self.seed = seed
         self.original = original_units(model)
@@ -185,6 +189,9 @@ class Pruner:
         except BudgetError as error:
             target = config.target
             raise BudgetError(f"target {target.quantity} {target.goals[-1]:g} is out of reach: {error}") from None
+        if live is not None:
+            self.gates = Gates(live, self.sites)
+            self.gates.require_grad()
 
     def _make_stopwatch(self) -> Stopwatch | None:
         """What measures a plan before it is carried out, where time is the target; on the first process only."""
@@ -246,7 +253,7 @@ class Pruner:
         """Whether the last update was made and everything closed was cut."""
         if self._learns:
             return self._fixed
-        return self._last_step >= self._due[-1].step and self.gates is None
+        return self._last_step >= self._due[-1].step and (self.gates is None or self._live is not None)
 
     def sparsity(self) -> float:
         """Share of the prunable parameters of the dense model that is closed or gone, in [0, 1)."""
@@ -277,7 +284,10 @@ class Pruner:
             self.learned.take_gradients(scale=scale, mean=self._mean)
         if self.done or self._needs != "steps":
             return
-        gradients = gate_gradients(self.model, [site for site in self.sites if site.units])
+        if self._live is not None:
+            gradients = self._live_gradients()
+        else:
+            gradients = gate_gradients(self.model, [site for site in self.sites if site.units])
         finite = torch.stack([g.sum() for g in gradients.values()]).isfinite().all()
         for name, gradient in gradients.items():
             step = torch.where(finite, gradient / scale, torch.zeros_like(gradient))
@@ -285,6 +295,17 @@ class Pruner:
                 seen = self._importance.setdefault(name, {})
                 seen[key] = value if key not in seen else seen[key] + value
         self._collected = self._collected + finite.float()
+
+    def _live_gradients(self) -> dict[str, torch.Tensor]:
+        """The gradients of the gates of a model in shards, the mean over processes; those of closed gates count for nothing."""
+        assert self.gates is not None
+        values = self.gates.values
+        taken = {name: gradient * values[name].detach() for name, gradient in self.gates.take_gradients().items()}
+        together = torch.cat(list(taken.values()))
+        if self._mean is not None:
+            self._mean(together)
+        parts = together.split([len(gradient) for gradient in taken.values()])
+        return dict(zip(taken, parts, strict=True))
 
     def _collected_evidence(self) -> dict[str, dict[str, torch.Tensor]] | None:
         """Means over the optimizer steps since the last updates, by site."""
@@ -565,7 +586,9 @@ class Pruner:
         for name, units in plan.keep.items():
             if name in self.gates.values:
                 self.gates.close({name: set(range(len(self.gates.values[name]))) - set(units)})
-        if not last:
+        if self._live is not None:
+            self.gates.require_grad(not last)
+        if not last or self._live is not None:
             self._report("closed")
             return []
         keep = {name: tuple(self.gates.open_units(name).tolist()) for name in self.gates.values}
@@ -592,8 +615,26 @@ class Pruner:
         layers = f" and {gone} of {len(costs.fixed) + gone} layers" if gone else ""
         logger.info("step %d: %s %s%s; %s", self._last_step, what, " and ".join(counts), layers, state)
 
+    def units(self) -> dict[str, list[int]]:
+        """Site name to the units that are left and those there were, where these differ."""
+        units = self._open_units(find_sites(self.model))
+        return {name: [left, self.original[name]] for name, left in units.items() if left != self.original[name]}
+
+    def carry_out(self, model: nn.Module) -> None:
+        """Do to a whole copy of a model in shards, in place, what gates do to the live one: cut, or before the last update close."""
+        assert self.gates is not None
+        if self.done:
+            cut(model, Plan({name: tuple(self.gates.open_units(name).tolist()) for name in self.gates.values}))
+            return
+        gates = Gates(model, self.sites)
+        gates.take_over(self.gates)
+        gates.write_into_weights()
+        gates.remove()
+
     def finish(self) -> None:
         """Take gates off that a run which stopped early left; the weights keep computing what the gates did."""
+        if self._live is not None:
+            return
         if self.gates is not None:
             self.gates.write_into_weights()
             self.gates.remove()
@@ -621,9 +662,8 @@ class Pruner:
             "budget": self.budget.to_dict(),
             "reached": self.reached,
             "total_steps": self.total_steps,
-            "config": self._given.model_dump(),
             "multiple_of": self.config.multiple_of.model_dump(),
-            "closing": self.gates is not None,
+            "closing": self.gates is not None and not self.done,
             "learning": self.learned is not None,
             "fixed": self._fixed,
         }
@@ -639,18 +679,7 @@ class Pruner:
         return facts, tensors
 
     def load_state(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from what `state` returned, on a model of the shapes it had then.
-
-        Raises:
-            ValueError: The state was written under another recipe.
-        """
-        mine = self._given.model_dump()
-        differing = sorted(key for key in mine if facts.get("config", {}).get(key) != mine[key])
-        if differing:
-            raise ValueError(
-                f"the checkpoint was pruned with another recipe: prune.{differing[0]} was "
-                f"{_said(facts.get('config', {}).get(differing[0]))} and is {_said(mine[differing[0]])}; use the same recipe, or start anew"
-            )
+        """Go on from what `state` returned under the same recipe, on a model of the shapes it had then."""
         if facts["total_steps"] != self.total_steps:
             logger.warning(
                 "the checkpoint belongs to a run of %d steps, this one has %d: the schedule goes on at the new pace",
@@ -667,15 +696,18 @@ class Pruner:
         self._last_step = int(facts["last_step"])
         self._collected = float(facts["collected"])
         for site in self.sites:
-            device = self.model.get_submodule(site.readers[0]).weight.device
+            device = (self._live or self.model).get_submodule(site.readers[0]).weight.device
             for key in ("squares", "sums"):
                 if f"importance.{key}.{site.name}" in tensors:
                     value = tensors[f"importance.{key}.{site.name}"].to(device)  # type: ignore[arg-type]
                     self._importance.setdefault(site.name, {})[key] = value
-        if facts["closing"]:
+        if facts["closing"] and self._live is None:
             self.gates = Gates(self.model, self.sites)
-            for name, value in self.gates.values.items():
-                value.copy_(tensors[f"gate.{name}"])
+        if self.gates is not None:
+            for name in self.gates.values:
+                self.gates.close({name: (tensors[f"gate.{name}"] == 0).nonzero().flatten()})
+            if self._live is not None:
+                self.gates.require_grad(not self.done)
         self._fixed = bool(facts["fixed"])
         if facts["learning"]:
             kept = {
@@ -683,13 +715,6 @@ class Pruner:
             }
             self.learned = self._make_learned()
             self.learned.load_state(kept, step=self._last_step)
-
-
-def _said(value: Any) -> str:
-    """A part of a recipe in a message, without what was not given."""
-    if isinstance(value, dict):
-        value = {key: entry for key, entry in value.items() if entry is not None}
-    return repr(value)
 
 
 class _Unshared:

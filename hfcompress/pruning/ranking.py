@@ -156,7 +156,7 @@ def _needed(name: str, batches: Sequence[Batch] | None) -> Sequence[Batch]:
 def _same_everywhere(site: Site, model: nn.Module, scores: torch.Tensor, reduce: Reduce | None) -> torch.Tensor:
     """Scores as float64 on the CPU, the same on all processes."""
     device: torch.device = model.get_submodule(site.readers[0]).weight.device  # type: ignore[assignment]
-    scores = scores.detach().float().to(device).contiguous()
+    scores = scores.detach().float().to(scores.device if device.type == "meta" else device).contiguous()
     if reduce is not None:
         scores = scores.clone()
         reduce(scores)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,18 +28,26 @@ from hfcompress.distillation import (
     student_inputs,
 )
 from hfcompress.distillation.cache_format import MANIFEST_FILE
+from hfcompress.distillation.cache_writing import in_bytes
 from hfcompress.distillation.teachers import OWN_ANSWERS, name_of, with_decoder_inputs, without_adapters
+from hfcompress.measurement import memory_bytes
+from hfcompress.measurement.memory import memory_named
 from hfcompress.training.comparing import Comparison, Seen, Shape, shape_of
 from hfcompress.training.exact import ExactTrainerMixin
 from hfcompress.training.items import ItemCounts
 from hfcompress.training.on_policy import OnPolicy
 from hfcompress.training.self_test import check_gradients
+from hfcompress.training.sharded import class_of, in_full_view, loading_whole, place_teacher
 
 logger = logging.getLogger(__name__)
 
 PROJECTIONS_FILE = "hfcompress_projections.safetensors"
 AVERAGE_FILE = "hfcompress_average.safetensors"
 STATE_FILE = "hfcompress_distillation.json"
+FEWER_BITS = (
+    "Load the teacher in fewer bits (teacher.precision: bfloat16, int8 or nf4) or on another device (teacher.device), or let it run "
+    "once before (teacher.cache: true, or hfcompress cache-teacher)"
+)
 
 TeacherLike: TypeAlias = PreTrainedModel | str | os.PathLike[str] | Teacher | Sequence[Any]
 
@@ -55,8 +64,9 @@ class DistillationMixin(ExactTrainerMixin):
     * `training_step`: averages their gradients over processes, as the wrapper does for the model's.
     * `_save_optimizer_and_scheduler`: keeps in checkpoints what a run needs to go on and is no part of the model.
 
-    The teacher is no part of the Trainer's model: it is in eval mode, has no gradients, is never wrapped, prepared,
-    optimized or saved. In evaluation only the labels count (or the teacher, where there are none).
+    The teacher is no part of the Trainer's model: it is in eval mode, has no gradients, is never prepared, optimized or saved. Each
+    process has it once, whole and beside the student; only where parameters are in shards (FSDP, ZeRO-3) and it takes more than a
+    fifth of the free memory, it is held in shards as well. In evaluation only the labels count (or the teacher, where there are none).
     """
 
     def __init__(
@@ -74,6 +84,7 @@ class DistillationMixin(ExactTrainerMixin):
         self.comparison: Comparison | None = None
         self._on_policy: OnPolicy | None = None
         self._resumed_from: str | None = None
+        self._teacher_digest: str | None = None
         super().__init__(model, *args, recipe=recipe, **kwargs)
         if self.distill is None:
             if teacher is not None:
@@ -97,8 +108,15 @@ class DistillationMixin(ExactTrainerMixin):
     def _set_teacher(self, teacher: TeacherLike) -> None:
         assert self.distill is not None
         student = self._student()
-        self.teacher = self._as_teacher(teacher, student)
-        self.teacher.to(self.args.device)
+        named = str(teacher) if isinstance(teacher, str | os.PathLike) else type(teacher).__name__
+        with memory_named(
+            lambda: (
+                f"the teacher {named} did not fit beside the student on {self.args.device}: out of memory. {FEWER_BITS}"
+            )
+        ):
+            self.teacher = self._as_teacher(teacher, student)
+            self._refuse_in_shards()
+            self._place_teacher()
         if self.distill.on_policy is not None:
             self._on_policy = OnPolicy(self.distill.on_policy, student, seed=self.args.seed)
             if isinstance(self.teacher, CachedTeacher):
@@ -115,6 +133,28 @@ class DistillationMixin(ExactTrainerMixin):
             self._refuse_numbers_that_change()
             self.comparison.pair(self._student_shape(), self._teacher_shape())
 
+    def _refuse_in_shards(self) -> None:
+        """Say what does not work where parameters are in shards."""
+        assert self.teacher is not None and self.distill is not None
+        if self.sharding not in ("zero3", "fsdp"):
+            return
+        if self.distill.on_policy is not None:
+            self._refuse("distill.on_policy, where each process writes texts of its own length,")
+        if self.teacher.shares_weights:
+            self._refuse("distilling from the student's own base model")
+        if self.sharding == "zero3" and isinstance(self.teacher, AverageTeacher):
+            self._refuse("an average of the student's weights")
+
+    def _place_teacher(self) -> None:
+        """Once per process beside the student; in shards like the student, if parameters are in shards and it is large."""
+        assert self.teacher is not None
+        if isinstance(self.teacher, AverageTeacher | CachedTeacher) or self.sharding not in ("zero3", "fsdp"):
+            self.teacher.to(self.args.device)
+            return
+        self._teacher_digest = _digest(self.teacher.models)
+        if not place_teacher(self.teacher.models, self):
+            self.teacher.to(self.args.device)
+
     def _as_teacher(self, teacher: TeacherLike, student: nn.Module) -> Teacher:
         if isinstance(teacher, AverageTeacher):
             if self.recipe.prune is not None:
@@ -130,7 +170,8 @@ class DistillationMixin(ExactTrainerMixin):
         if isinstance(teacher, str | os.PathLike):
             if (Path(teacher) / MANIFEST_FILE).is_file():
                 return CachedTeacher(teacher)
-            teacher = type(student).from_pretrained(teacher, use_safetensors=True)  # type: ignore[attr-defined]
+            with loading_whole():
+                teacher = class_of(student).from_pretrained(teacher, use_safetensors=True)
         if isinstance(teacher, list | tuple):
             return Ensemble([self._as_teacher(one, student) for one in teacher])
         self._check_teacher(student, teacher)  # type: ignore[arg-type]
@@ -147,7 +188,8 @@ class DistillationMixin(ExactTrainerMixin):
         if not ever_positive(self.distill.logits.weight) or self.distill.logits.loss == "uld" or _classifies(student):
             return None
         models = [model for model in self.teacher.models if hasattr(model, "config")]
-        sizes = {model.get_output_embeddings().weight.shape[0] for model in (student, *models) if _has_output(model)}
+        seen = [in_full_view(model) for model in (student, *models) if _has_output(model)]
+        sizes = {model.get_output_embeddings().weight.shape[0] for model in seen}  # type: ignore[operator]
         if len(sizes) < 2:
             return None
         return min(match_vocabularies(student, model, student_tokenizer=self.processing_class) for model in models)
@@ -167,7 +209,7 @@ class DistillationMixin(ExactTrainerMixin):
         return prune is not None and "layers" in prune.units
 
     def _student_shape(self) -> Shape:
-        return shape_of(self._student())
+        return shape_of(in_full_view(self._student()))
 
     def _teacher_shape(self) -> Shape:
         assert self.teacher is not None
@@ -177,7 +219,7 @@ class DistillationMixin(ExactTrainerMixin):
             raise ValueError(
                 "several teachers are compared by their predictions only; set the weights of hidden, attentions, relations and embeddings to 0"
             )
-        return shape_of(without_adapters(self.teacher.model))
+        return shape_of(in_full_view(without_adapters(self.teacher.model)))
 
     # ---- batches ----
 
@@ -226,7 +268,7 @@ class DistillationMixin(ExactTrainerMixin):
         if self.comparison.looks_inside and self._layers_go():
             self.comparison.pair(self._student_shape(), self._teacher_shape())
         of_student, of_teacher = self.comparison.wanted()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), memory_named(self._say_teacher_is_too_large):
             targets = self.teacher(with_decoder_inputs(student, inputs), wanted=of_teacher)
         given = student_inputs(inputs)
         with capture(student, of_student) as captured:
@@ -245,27 +287,25 @@ class DistillationMixin(ExactTrainerMixin):
             terms[name] = terms[name] + _nothing_of(outputs)
         return outputs, terms
 
+    def _say_teacher_is_too_large(self) -> str:
+        assert self.teacher is not None
+        weights = sum(memory_bytes(model) for model in self.teacher.models)
+        return (
+            f"step {self.state.global_step + 1}: the teacher ({_names_of(self.teacher)}, {in_bytes(weights)} of weights on {self.teacher.device}) ran "
+            f"out of memory. {self._smaller_batch}; or {FEWER_BITS[0].lower()}{FEWER_BITS[1:]}"
+        )
+
     # ---- projections ----
 
     @property
     def _projections(self) -> nn.ModuleDict:
         return nn.ModuleDict() if self.comparison is None else self.comparison.projections
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer as Trainer does, with a group for the projections between unequal widths."""
-        optimizer = super().create_optimizer(*(() if model is None else (model,)))
+    def _make_beside(self) -> list[nn.Parameter]:
+        """The projections between unequal widths."""
         self._make_projections()
         self._load_projections()
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        fresh = [parameter for parameter in self._projections.parameters() if id(parameter) not in known]
-        if fresh:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise ValueError(
-                    "distill.hidden between different widths needs projections, which FSDP and DeepSpeed do not train here; "
-                    "use plain data parallelism, or layers of equal width"
-                )
-            optimizer.add_param_group({"params": fresh, "weight_decay": 0.0})
-        return optimizer
+        return [*super()._make_beside(), *self._projections.parameters()]
 
     def _make_projections(self) -> None:
         if self.comparison is None or not self.comparison.looks_inside or self.teacher is None:
@@ -305,6 +345,7 @@ class DistillationMixin(ExactTrainerMixin):
             self.teacher.follow(self._student())
         if self._resumed_from is not None:
             self._take_up(Path(self._resumed_from))
+            self._load_projections()  # in shards, a run learns only now what it goes on from
         elif self.distill.self_test:
             check_gradients(self)
 
@@ -334,19 +375,19 @@ class DistillationMixin(ExactTrainerMixin):
                 torch.distributed.all_reduce(distances)
             comparison.match_again(distances)
 
-    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One batch forward and backward as in Trainer, and the projections' gradients averaged over processes."""
-        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
-        if self.args.world_size > 1 and self.accelerator.sync_gradients:
-            for parameter in self._projections.parameters():
-                if parameter.grad is not None:
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= self.args.world_size
-        return loss
+    def _run_facts(self) -> dict[str, Any]:
+        own = self.teacher is None or self.teacher.shares_weights or isinstance(self.teacher, AverageTeacher)
+        models = [] if self.teacher is None or own else self.teacher.models
+        teacher = (self._teacher_digest or _digest(models)) if models else None
+        return super()._run_facts() | {"teacher": teacher}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resumed_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _note_resumed(self, folder: str) -> None:
+        super()._note_resumed(folder)
+        self._resumed_from = folder
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -393,6 +434,17 @@ class _DistillationCallback(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer._end_step()
+
+
+def _digest(models: Sequence[nn.Module]) -> str:
+    """Tells teachers apart: CRC-32 of the names, shapes and first numbers of all their weights."""
+    value = 0
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            if isinstance(tensor, torch.Tensor):
+                first = tensor.detach().reshape(-1)[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                value = zlib.crc32(f"{name} {tuple(tensor.shape)} ".encode() + first, value)
+    return f"{value:08x}"
 
 
 def _nothing_of(outputs: Any) -> Any:

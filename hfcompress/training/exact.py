@@ -6,61 +6,51 @@ processes, and skips the weights of ViT and its kin on resume (their names on di
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
+from huggingface_hub import HfApi
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
 
-from hfcompress.anatomy import (
-    Change,
-    StructureError,
-    drop_layers,
-    family_of,
-    find_sites,
-    find_stream,
-    keep_hidden,
-    keep_units,
-)
-from hfcompress.anatomy.depth import layer_lists
-from hfcompress.anatomy.sites import RECORD_VERSION, Stack, find_stacks
-from hfcompress.checkpoints.adapters import save_record
-from hfcompress.checkpoints.portable import MODELING_FILE
-from hfcompress.checkpoints.record import read_units
 from hfcompress.distillation.teachers import without_adapters
-from hfcompress.hub import RouteCheck, save_probe, write_card
-from hfcompress.hub.verify import require_loadable
+from hfcompress.hub import PushError, RouteCheck, save_probe, write_card
+from hfcompress.hub.commit import create_repo, full_name, refuse_both, require_access
+from hfcompress.hub.push import adapter_fields, push_base, send_folder, send_progress
+from hfcompress.hub.verify import PROBE_FILE, require_loadable
+from hfcompress.measurement.memory import memory_named
 from hfcompress.training.items import ItemCounts, count_items
-from hfcompress.training.optimizers import rebuild_reducer, replace_parameters
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _TrainerBase
-else:
-    _TrainerBase = object  # mixed into Trainer and Seq2SeqTrainer alike
+from hfcompress.training.sharded import ShardedMixin, class_of
 
 logger = logging.getLogger(__name__)
 
-TRAINING_ARGUMENTS_FILE = "training_args.json"
+# In the output folder, what is being pushed in the background; what begins with an underscore is never pushed itself.
+PUSHING_FOLDER = "_pushing"
 
 
-class ExactTrainerMixin(_TrainerBase):
+class NotFiniteError(ValueError):
+    """A loss became infinite or not a number; the message is one line that names step and term."""
+
+
+class ExactTrainerMixin(ShardedMixin):
     """Overrides of `Trainer` that every trainer of ours shares.
 
     * `get_batch_samples`: counts what losses are averaged over, for the whole optimizer step.
+    * `create_optimizer`, `training_step`: care for what is trained beside the model.
     * `compute_loss`: divides by these counts, so that accumulation and processes do not change the gradient.
     * `train`: adds what was done to the model's record.
     * `log`: adds the mean of each loss term since the last log.
-    * `_load_from_checkpoint`, `_load_best_model`: load through `from_pretrained`, which knows names and shapes on disk.
-    * `push_to_hub`, `create_model_card`: verify before they push, and write our card.
-    * `_save`: writes the training arguments as JSON instead of a pickle.
+    * `push_to_hub`, `create_model_card`: verify before they push in one commit, and write our card.
+    * `init_hf_repo`, `_push_from_checkpoint`: ask a busy Hub again, and push model and checkpoint together.
     """
 
     # The loss is normalized over the accumulated batch; Trainer must not divide it again.
@@ -71,7 +61,11 @@ class ExactTrainerMixin(_TrainerBase):
         # Releases without `loss_is_scaled_for_ga` ask this instead. It only says that counts are worth passing.
         self.model_accepts_loss_kwargs = True
         self._route_checks: list[RouteCheck] | None = None
+        self._adapter_base: str | None = None
+        self._hub = HfApi()  # runs pushes in the background, one after the other
         self._term_sums: dict[str, torch.Tensor] = {}
+        self._broken_at: dict[str, torch.Tensor] = {}
+        self._beside: list[nn.Parameter] = []
         self._terms_since_step = 0
         self._testing = False  # the loss is looked at as in training, with the model in eval mode
         if self.args.n_gpu > 1:
@@ -81,13 +75,6 @@ class ExactTrainerMixin(_TrainerBase):
             )
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
-        self._warn_about_ignored_fsdp()
-
-    def _warn_about_ignored_fsdp(self) -> None:
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not self.is_fsdp_enabled:
-            logger.warning(
-                "FSDP was asked for, but Accelerate ignores it on this device: plain data parallelism is used"
-            )
 
     def _record_steps(self) -> None:
         """Add what this run did to the record in the model's config; the mixins each add their step."""
@@ -95,13 +82,65 @@ class ExactTrainerMixin(_TrainerBase):
     def _begin_run(self) -> None:
         """Forget what an earlier call of `train` left, before a new one starts."""
         self._term_sums.clear()
+        self._broken_at.clear()
+        if self.is_world_process_zero():  # of a run that was killed
+            shutil.rmtree(Path(str(self.args.output_dir)) / PUSHING_FOLDER, ignore_errors=True)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as Trainer does, then write down in the model's record what was done."""
+    def _run_facts(self) -> dict[str, Any]:
+        sections = {"distill", "prune", "qat"}
+        recipe = getattr(self, "recipe", None)
+        return super()._run_facts() | {
+            "recipe": None if recipe is None else recipe.model_dump(mode="json", include=sections, exclude_none=True)
+        }
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does, then write down in the model's record what was done.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged or belongs to another run.
+            NotFiniteError: A loss term is not finite.
+        """
         self._begin_run()
-        output = super().train(*args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._record_steps()
         return output
+
+    # ---- what is trained beside the model ----
+
+    def _make_beside(self) -> list[nn.Parameter]:
+        """Make what is trained but is no part of the model, once the optimizer is there; the mixins each add theirs.
+
+        Nothing wraps these parameters: their gradients are averaged over processes here, and what made them sets them to zero.
+        """
+        return []
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer as Trainer does, with a group for what is trained beside the model."""
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        self._beside = self._make_beside()
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        fresh = [parameter for parameter in self._beside if id(parameter) not in known]
+        if fresh and self.sharding != "none":
+            self._optimize_apart(fresh)
+        elif fresh:
+            optimizer.add_param_group({"params": fresh, "weight_decay": 0.0})
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One batch forward and backward as in Trainer, and the gradients beside the model averaged over processes."""
+        with memory_named(
+            lambda: (
+                f"step {self.state.global_step + 1}: the model that is trained ran out of memory. {self._smaller_batch}; "
+                "or train with gradient_checkpointing, in bf16, or with shorter examples"
+            )
+        ):
+            loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            for parameter in self._beside:
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= self.args.world_size
+        return loss
 
     def _examples(self, purpose: str) -> tuple[Any, Callable[[list[Any]], Any]]:
         """The training data, and what makes batches of them, as the data loader has them: without columns that go."""
@@ -110,13 +149,23 @@ class ExactTrainerMixin(_TrainerBase):
             return self._remove_unused_columns(dataset, description=purpose), collate
         return dataset, self._get_collator_with_removed_columns(collate, description=purpose)
 
+    @property
+    def _smaller_batch(self) -> str:
+        batch, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        less = max(batch // 2, 1)
+        return (
+            f"Use a smaller per_device_train_batch_size with more gradient_accumulation_steps, which gives the same result (now {batch} and "
+            f"{steps}; try {less} and {steps * -(-batch // less)})"
+        )
+
     # ---- loss ----
 
     @property
     def _predicts_next_token(self) -> bool:
         model = self.accelerator.unwrap_model(self.model)
         base = without_adapters(model)
-        return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not base.config.is_encoder_decoder
+        name = class_of(base).__name__
+        return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not base.config.is_encoder_decoder
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -198,9 +247,35 @@ class ExactTrainerMixin(_TrainerBase):
         for name, value in terms.items():
             total = self._term_sums.get(name)
             self._term_sums[name] = value.float() if total is None else total + value.float()
+            self._watch(name, value)
+        if any(value.device.type == "cpu" for value in terms.values()):
+            self._require_finite_terms()
+
+    def _watch(self, name: str, value: torch.Tensor) -> None:
+        """Note the first step whose term is not finite, without waiting for the device."""
+        if getattr(self.accelerator, "scaler", None) is not None:
+            return  # in float16 a step that overflows is left out and the scale is lowered
+        step = torch.full((), float(self.state.global_step + 1), device=value.device)
+        bad = torch.where(torch.isfinite(value), torch.inf, step)
+        before = self._broken_at.get(name)
+        self._broken_at[name] = bad if before is None else torch.minimum(before, bad)
+
+    def _require_finite_terms(self) -> None:
+        found = {name: float(step) for name, step in self._broken_at.items() if float(step) < float("inf")}
+        if found:
+            name, step = min(found.items(), key=lambda item: item[1])
+            raise NotFiniteError(
+                f"step {step:.0f}: the loss term {name} is not finite, so training stopped and nothing was saved since; lower learning_rate "
+                "or max_grad_norm, use bf16 in place of fp16, or look at the examples, and go on from the last checkpoint"
+            )
+
+    def _require_finite(self) -> None:
+        self._require_finite_terms()
+        super()._require_finite()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does, with the mean of each loss term since the last log as loss_<term>."""
+        self._require_finite_terms()
         steps = self.state.global_step - self._terms_since_step
         if "loss" in logs and self._term_sums and steps > 0:
             names = sorted(self._term_sums)
@@ -211,62 +286,82 @@ class ExactTrainerMixin(_TrainerBase):
             self._term_sums.clear()
         super().log(logs, *args, **kwargs)
 
-    # ---- checkpoints ----
-
-    def _loads_plainly(self, model: nn.Module) -> bool:
-        """Whether a checkpoint of this model is a folder that `from_pretrained` of its class reads."""
-        return (
-            isinstance(model, PreTrainedModel)
-            and getattr(model, "quantization_method", None) is None
-            and not getattr(model, "_hf_peft_config_loaded", False)
-            and not self.is_deepspeed_enabled
-            and not self.is_fsdp_enabled
-        )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        if self._loads_plainly(target):
-            changes = load_weights(target, resume_from_checkpoint)
-            if changes and self.optimizer is not None:  # the user's own, or that of an earlier run
-                replace_parameters(getattr(self.optimizer, "optimizer", self.optimizer), changes)
-                rebuild_reducer(self.model_wrapped)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if not self._loads_plainly(self.model):
-            super()._load_best_model()
-            return
-        logger.info("loading the best model from %s (score %s)", best, self.state.best_metric)
-        load_weights(self.model, best)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            arguments = json.loads(self.args.to_json_string())
-            for private in ("output_dir", "logging_dir"):  # paths of this machine
-                arguments.pop(private, None)
-            (folder / TRAINING_ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
-            model = self.accelerator.unwrap_model(self.model)
-            if without_adapters(model) is not model:
-                save_record(model.config, folder)
-
     # ---- Hub ----
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Push as Trainer does, after the saved folder loaded in fresh processes with the same outputs.
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, as Trainer does when training is to be pushed, so that what is refused is refused at once.
 
         Raises:
-            VerificationError: It does not; nothing was pushed.
+            PushError: The Hub refused, or cannot be reached.
         """
-        self.save_model(_internal_call=True)
         if self.is_world_process_zero():
-            save_probe(self.accelerator.unwrap_model(self.model), self.args.output_dir)
-            self._route_checks = require_loadable(self.args.output_dir)
-        return super().push_to_hub(*args, **kwargs)
+            private = self.args.hub_private_repo if private is None else private
+            self.hub_model_id = create_repo(self._repo_name, private=private, token=token or self.args.hub_token)
+            self.push_in_progress = None
+
+    @property
+    def _repo_name(self) -> str:
+        return str(self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Push as Trainer does, in one commit, after the saved folder loaded in fresh processes with the same outputs.
+
+        Args:
+            commit_message: Of the commit.
+            blocking: Wait for the upload; the folder is verified before this returns in any case.
+            token: Instead of `args.hub_token`.
+            revision: Branch, instead of `args.hub_revision`.
+            private: Make the repository private if it is created now, instead of `args.hub_private_repo`.
+            create_pr: Open a pull request instead of committing.
+            **kwargs: For `create_model_card`.
+
+        Returns:
+            The commit, or a future of it if not `blocking`; None on all processes but the first.
+
+        Raises:
+            VerificationError: It does not load as the card would promise; nothing was pushed.
+            PushError: The Hub refused, or cannot be reached.
+        """
+        revision = revision if revision is not None or create_pr else self.args.hub_revision
+        refuse_both(revision, create_pr)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        token = token or self.args.hub_token
+        self.hub_model_id = full_name(self._repo_name, token)
+        require_access(self.hub_model_id, create_pr=create_pr, token=token)
+        folder = Path(str(self.args.output_dir))
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # one process alone cannot run the model
+            (folder / PROBE_FILE).unlink(missing_ok=True)
+        else:
+            save_probe(self.accelerator.unwrap_model(self.model), folder)
+        self._route_checks = require_loadable(folder)
+        where: dict[str, Any] = {
+            "token": token,
+            "revision": revision,
+            "private": self.args.hub_private_repo if private is None else private,
+            "create_pr": create_pr,
+            "message": commit_message or "End of training",
+        }
+        self._adapter_base = push_base(folder, self.hub_model_id, **where)
+        kwargs.setdefault("model_name", self.hub_model_id.rpartition("/")[2])
+        own_tags = getattr(self.model, "model_tags", None) or []
+        given = kwargs.pop("tags", None) or []
+        kwargs["tags"] = list(dict.fromkeys([*([given] if isinstance(given, str) else given), *own_tags])) or None
+        self.create_model_card(**kwargs)
+        send = functools.partial(send_folder, folder, self.hub_model_id, base=self._adapter_base, **where)
+        return send() if blocking else self._hub.run_as_future(send)
 
     def create_model_card(
         self,
@@ -293,170 +388,60 @@ class ExactTrainerMixin(_TrainerBase):
         write_card(
             self.args.output_dir,
             repo_id=self.hub_model_id or model_name,
-            base_model=finetuned_from,
             checks=self._route_checks,
             scores=scores,
             language=language,
             license=license,
             tags=tags,
             datasets=dataset_tags,
+            **({"base_model": finetuned_from} | adapter_fields(self._adapter_base)),
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies the files it knows from the checkpoint; a pruned model needs one more to load without hfcompress.
-        source = Path(checkpoint_folder) / MODELING_FILE
-        if self.is_world_process_zero() and source.is_file():
-            shutil.copy(source, Path(self.args.output_dir) / MODELING_FILE)
-        super()._push_from_checkpoint(checkpoint_folder)
+        """Push what a checkpoint holds in the background, model and checkpoint in one commit; training goes on whatever comes of it.
 
+        In contrast to the last push nothing is verified and nothing promised: the card says that training was not over.
+        """
+        if self._staging or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not (self.args.hub_always_push or self.push_in_progress is None or self.push_in_progress.is_done()):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        source, step = Path(checkpoint_folder), self.state.global_step
+        stage = Path(str(self.args.output_dir)) / PUSHING_FOLDER / source.name  # the checkpoint may be rotated away
+        shutil.rmtree(stage, ignore_errors=True)
+        shutil.copytree(source, stage, copy_function=_link_or_copy)
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: source.name}
+        place = places.get(HubStrategy(self.args.hub_strategy))
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        when = f"step {step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
+        repo, token, revision = self._repo_name, self.args.hub_token, self.args.hub_revision
 
-def load_weights(model: PreTrainedModel, folder: str | Path) -> list[Change]:
-    """Load a checkpoint into a live model, in place, cutting the model to the checkpoint's shapes first.
+        def push() -> None:
+            try:
+                send_progress(
+                    stage,
+                    repo,
+                    step=step,
+                    checkpoint=None if place is None else (place, stage),
+                    message=f"Training in progress, {when}",
+                    token=token,
+                    revision=revision,
+                )
+            except (PushError, ValueError, OSError) as error:
+                logger.warning("training goes on, but the state of step %d is not on the Hub: %s", step, error)
+            finally:
+                shutil.rmtree(stage, ignore_errors=True)
 
-    Args:
-        model: The model; its units, layers and hidden features may be more than the checkpoint's, never fewer.
-        folder: A folder that `save_pretrained` wrote.
-
-    Returns:
-        The parameters that were replaced because they were cut, for an optimizer that holds the old ones.
-
-    Raises:
-        StructureError: The checkpoint is of another architecture or size, or holds more than the model has left.
-        OSError: The folder holds no checkpoint.
-    """
-    # The class would read any config as its own.
-    model_type = type(model.config).get_config_dict(folder)[0].get("model_type")
-    if model_type != model.config.model_type:
-        raise StructureError(f"{folder} holds a {model_type}, the model is a {model.config.model_type}")
-    fresh = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-    changes = [] if _misfit(model, fresh) is None else _match_shapes(model, fresh, folder)
-    misfit = _misfit(model, fresh)
-    if misfit is not None:
-        name, here, there = misfit
-        raise StructureError(f"{folder} does not fit the model: {name} is {there} there and {here} here")
-    model.load_state_dict(fresh.state_dict())
-    record = getattr(fresh.config, "hfcompress", None)
-    if record is not None:
-        ours = getattr(model.config, "hfcompress", None) or {}
-        model.config.hfcompress = {**record, **{key: ours[key] for key in ("units", "layers", "hidden") if key in ours}}
-    return changes
-
-
-def _misfit(model: nn.Module, fresh: nn.Module) -> tuple[str, Any, Any] | None:
-    """The first name whose tensors differ in shape, with both shapes (None where there is no such tensor)."""
-    ours, theirs = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, fresh))
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            return name, ours.get(name), theirs.get(name)
-    return None
-
-
-def _match_shapes(model: PreTrainedModel, fresh: PreTrainedModel, folder: str | Path) -> list[Change]:
-    """Cut `model` to the layers, units and hidden features of `fresh`, in place, and record it."""
-    try:
-        family_of(model)
-    except StructureError:
-        return []  # an architecture without sites was never cut
-    changes = _match_layers(model, fresh, folder)
-    changes += _match_units(model, fresh, folder)
-    return changes + _match_hidden(model, fresh, folder)
-
-
-def _match_layers(model: PreTrainedModel, fresh: PreTrainedModel, folder: str | Path) -> list[Change]:
-    """Drop layers that `fresh` does not have: those stay that have the units, and are of the kinds, that it has.
-
-    Which ones matters no further, because their weights are loaded.
-    """
-    stacks = {stack.name: (stack, layers) for stack, _, layers in find_stacks(model, family_of(model)) or []}
-    keep = {}
-    for stack, _, layers in find_stacks(fresh, family_of(fresh)) or []:
-        if stack.name not in stacks or len(layers) > len(stacks[stack.name][1]):
-            has = len(stacks[stack.name][1]) if stack.name in stacks else 0
-            raise StructureError(
-                f"{folder} has {len(layers)} layers in {stack.name}, the model only {has}; start from the unpruned model"
-            )
-        if len(layers) == len(stacks[stack.name][1]):
-            continue
-        ours, theirs = (_kinds(m, stack, n) for m, n in ((model, len(stacks[stack.name][1])), (fresh, len(layers))))
-        chosen = _subsequence(ours, theirs)
-        if chosen is None:
-            raise StructureError(
-                f"{folder} has layers in {stack.name} that are of another kind than the model's, or have more units; start "
-                "from the unpruned model"
-            )
-        keep[stack.name] = chosen
-    return drop_layers(model, keep)
-
-
-_Kind = tuple[tuple[Any, ...], dict[str, int]]
-
-
-def _kinds(model: PreTrainedModel, stack: Stack, count: int) -> list[_Kind]:
-    """For each layer, what the config's lists with one entry per layer say of it, and its units by role."""
-    config = getattr(model.config, stack.config) if stack.config else model.config
-    said = list(zip(*(getattr(config, name) for name in layer_lists(config, count)), strict=True)) or [()] * count
-    units: list[dict[str, int]] = [{} for _ in range(count)]
-    for site in find_sites(model):
-        if site.stack == stack.name and site.layer is not None:
-            units[site.layer][site.name.rpartition(".")[2]] = site.units
-    return list(zip(said, units, strict=True))
-
-
-def _subsequence(whole: Sequence[_Kind], part: Sequence[_Kind]) -> tuple[int, ...] | None:
-    """The first indices of `whole`, ascending, whose layers are like those of `part`; None if there are none."""
-    found, start = [], 0
-    for said, units in part:
-        fits = (
-            n
-            for n in range(start, len(whole))
-            if whole[n][0] == said and all(whole[n][1].get(role, 0) >= left for role, left in units.items())
+        running: list[Any] = (
+            [] if self.push_in_progress is None else [job for job in self.push_in_progress.jobs if not job.done()]
         )
-        index = next(fits, None)
-        if index is None:
-            return None
-        found.append(index)
-        start = index + 1
-    return tuple(found)
+        self.push_in_progress = PushInProgress([*running, self._hub.run_as_future(push)])
 
 
-def _match_hidden(model: PreTrainedModel, fresh: PreTrainedModel, folder: str | Path) -> list[Change]:
-    """Cut the hidden width to that of `fresh`, and record it."""
-    if _misfit(model, fresh) is None:
-        return []
+def _link_or_copy(source: str, target: str) -> None:
+    """A second name for a file that nobody writes to any more; a copy where the disk knows no such thing."""
     try:
-        ours, left = find_stream(model), find_stream(fresh).width
-    except StructureError:
-        return []  # such an architecture was never cut; the caller says what differs
-    if left > ours.width:
-        raise StructureError(
-            f"{folder} has {left} hidden features, the model only {ours.width}; start from the unpruned model"
-        )
-    changes = keep_hidden(model, torch.arange(left))
-    if changes:
-        record = getattr(model.config, "hfcompress", None) or {}
-        model.config.hfcompress = {"version": RECORD_VERSION, **record, "hidden": [left, ours.before]}
-    return changes
-
-
-def _match_units(model: PreTrainedModel, fresh: PreTrainedModel, folder: str | Path) -> list[Change]:
-    """Cut units to those of `fresh`, and record it."""
-    sites = find_sites(model)
-    left = {site.name: site.units for site in find_sites(fresh)}
-    before = {site.name: site.units for site in sites} | {
-        name: pair[1] for name, pair in read_units(model.config).items()
-    }
-    if left.keys() != {site.name for site in sites}:
-        raise StructureError(f"{folder} has {len(left)} places to prune, the model {len(sites)}: they differ in layers")
-    for site in sites:
-        if left[site.name] > site.units:
-            raise StructureError(
-                f"{folder} has {left[site.name]} units in {site.name}, the model only {site.units}; start from the unpruned model"
-            )
-    changes = keep_units(
-        model, sites, {site.name: torch.arange(left[site.name]) for site in sites if left[site.name] < site.units}
-    )
-    units = {name: [left[name], before[name]] for name in left if left[name] != before[name]}
-    if units:
-        record = dict(getattr(model.config, "hfcompress", None) or {"version": RECORD_VERSION})
-        model.config.hfcompress = {**record, "units": units}
-    return changes
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

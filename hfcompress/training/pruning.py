@@ -12,18 +12,22 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
-from hfcompress.checkpoints.record import add_step, read_units
+from hfcompress.checkpoints.record import add_step
 from hfcompress.config import PruneConfig, Recipe
 from hfcompress.pruning import Budget, Pruner
+from hfcompress.pruning.pruner import due_updates
 from hfcompress.training.exact import ExactTrainerMixin
 from hfcompress.training.optimizers import rebuild_reducer, replace_parameters
+from hfcompress.training.sharded import PLAIN, outline
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "hfcompress_pruner.json"
 TENSORS_FILE = "hfcompress_pruner.safetensors"
+# Criteria that need nothing but the gradients of gates, which are there whatever is held in shards.
+GATED = ("first_order", "movement")
 
 
 class PruningMixin(ExactTrainerMixin):
@@ -35,6 +39,7 @@ class PruningMixin(ExactTrainerMixin):
     * a callback after each optimizer step (before logging, evaluation and saving): closes and cuts units, and keeps
       optimizer and DistributedDataParallel consistent.
     * `_determine_best_metric`: only models that have reached the target can be the best.
+    * `_save`: where the model is in shards (FSDP, DeepSpeed) nothing is cut before: gates stay closed, and what is saved is cut.
     * `_save_optimizer_and_scheduler`, `_load_from_checkpoint`: keep and restore the state of the pruner.
     """
 
@@ -52,12 +57,10 @@ class PruningMixin(ExactTrainerMixin):
     def _start_pruning(self) -> None:
         """Make the pruner for the run that begins, or the one that goes on."""
         assert self.prune is not None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "gradual pruning changes the shapes of parameters, which FSDP and DeepSpeed hold in shards; "
-                "use plain data parallelism (configs/accelerate/ddp.yaml), or distil and quantize only"
-            )
         model = self.accelerator.unwrap_model(self.model)
+        sharded = self.sharding != "none"
+        if sharded:
+            self._refuse_to_cut_shards()
         if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "a model with adapters cannot be pruned: their shapes follow the frozen model's; "
@@ -68,13 +71,14 @@ class PruningMixin(ExactTrainerMixin):
         facts, tensors = self._resumed_state()
         distributed = self.args.world_size > 1
         self.pruner = Pruner(
-            model,
+            self._outline(model) if sharded else model,
             self.prune,
+            live=model if sharded else None,
             total_steps=max(self.state.max_steps, 1),
             seed=self.args.seed,
             once=_once if distributed else None,
             mean=_mean if distributed else None,
-            batches=None if self.train_dataset is None else self._calibration_batches,
+            batches=None if sharded or self.train_dataset is None else self._calibration_batches,
             budget=None if facts is None else Budget.from_dict(facts["budget"]),
             measure=self.recipe.measure,
         )
@@ -84,6 +88,33 @@ class PruningMixin(ExactTrainerMixin):
             self._find_goals()
         else:
             self._prune_if_due(0)
+
+    def _refuse_to_cut_shards(self) -> None:
+        assert self.prune is not None
+        self._require_saving_whole()
+        criterion = self.prune.criterion.name
+        instead = f"cut: end with criterion {' or '.join(GATED)}, or {PLAIN}"
+        if self.prune.cut != "end":
+            self._refuse("prune.cut: gradual, which changes the shapes of parameters in mid-training,", instead)
+        if criterion not in GATED:
+            self._refuse(f"prune.criterion: {criterion}, which looks at more than the gradients of gates,", instead)
+        if due_updates(self.prune, max(self.state.max_steps, 1))[0].step == 0:
+            self._refuse("pruning before the first step (prune.schedule.start: 0)", "a later start")
+        if self.pruner is not None and self.pruner.done:
+            raise ValueError(
+                "this trainer has pruned, and the cut is in what it saved; load that into another trainer to go on"
+            )
+
+    def _outline(self, model: nn.Module) -> nn.Module:
+        """What a plan is made on where the model is in shards: its shapes, and memory only on the first process and to be timed."""
+        assert self.prune is not None
+        shapes = outline(model)
+        if self.prune.target.quantity in ("speedup", "latency_ms") and self.is_world_process_zero():
+            shapes = shapes.to_empty(device=self.args.device)
+            with torch.no_grad():
+                for tensor in (*shapes.parameters(), *shapes.buffers()):
+                    tensor.zero_()  # time does not depend on the numbers, but on their being some
+        return shapes
 
     def _resumed_state(self) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
         """What the checkpoint that is resumed from says about the pruner; None at the start of a run."""
@@ -153,8 +184,7 @@ class PruningMixin(ExactTrainerMixin):
         """One batch forward and backward as in Trainer; after the last one of an optimizer step importance is collected."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.pruner is not None and not self.pruner.done and self.accelerator.sync_gradients:
-            scaler = self.accelerator.scaler
-            self.pruner.collect(scale=scaler.get_scale() if scaler is not None else 1.0)
+            self.pruner.collect(scale=self._loss_scale())
             if (learning := self.pruner.learning()) is not None:
                 penalty = loss.new_tensor(learning["penalty"])
                 self._add_up({"gates": penalty})
@@ -177,9 +207,14 @@ class PruningMixin(ExactTrainerMixin):
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.pruner is not None and self.pruner.gates is not None:
+        if self.pruner is not None and self.pruner.gates is not None and self.sharding == "none":
             self.pruner.gates.write_into_weights()
         super()._save(output_dir, state_dict)
+
+    def _finish_whole(self, model: PreTrainedModel) -> None:
+        super()._finish_whole(model)
+        if self.pruner is not None:
+            self.pruner.carry_out(model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -190,14 +225,17 @@ class PruningMixin(ExactTrainerMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._note_resumed(resume_from_checkpoint)
+
+    def _note_resumed(self, folder: str) -> None:
+        super()._note_resumed(folder)
         if self.prune is None:
             return
-        folder = Path(resume_from_checkpoint)
-        if not (folder / STATE_FILE).is_file():
+        if not (Path(folder) / STATE_FILE).is_file():
             raise ValueError(
                 f"{folder} was not written by a run that prunes ({STATE_FILE} is missing); start from it as a model instead"
             )
-        self._pruner_state = folder
+        self._pruner_state = Path(folder)
 
     def _finish_pruning(self) -> None:
         if self.pruner is None:
@@ -220,7 +258,7 @@ class PruningMixin(ExactTrainerMixin):
             settings=self.prune.model_dump(),
             sparsity=round(self.pruner.sparsity(), 6),
             reached=self.pruner.reached,
-            units={name: list(pair) for name, pair in read_units(model.config).items()},
+            units=self.pruner.units(),
             optimizer_steps=self.state.global_step,
         )
 

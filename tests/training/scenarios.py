@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,19 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hfcompress.training.pruning
+import hfcompress.training.sharded
 from hfcompress.config import Recipe
 from hfcompress.distillation import AverageTeacher
+from hfcompress.distillation.placement import available_bytes
 from hfcompress.training import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer
+from hfcompress.training.sharded import digest, is_sharded, loading_whole
 from tests.families import IMAGE_FAMILIES, make_model
 
 LABELS = 3
@@ -96,7 +103,7 @@ def build(family: str, task: str, *, seed: int, dropout: float = 0.0, **changes:
 
 
 def arguments(folder: Path | str, **changes: Any) -> TrainingArguments:
-    settings = {
+    settings: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 6,
         "per_device_train_batch_size": 4,
@@ -110,7 +117,12 @@ def arguments(folder: Path | str, **changes: Any) -> TrainingArguments:
         "seed": 3,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(**{**settings, **changes})
+    made = TrainingArguments(**{**settings, **changes})
+    if "HFCOMPRESS_FSDP_ON_CPU" in os.environ and "ACCELERATE_USE_FSDP" in os.environ:
+        # Accelerate looks for FSDP only where there are GPUs; on gloo it works as well.
+        assert made.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return made
 
 
 def checkpointing(**settings: Any) -> dict[str, Any]:
@@ -173,31 +185,39 @@ def make_trainer(
     """A trainer of any kind on a tiny model.
 
     Options are those of `recipe`, `dropout`, `n`, `prompt`, `teacher_width`, `average` (the decay, where the student's own average
-    teaches) and everything that `arguments` takes; `given` goes to the trainer as it is.
+    teaches), `cached` (the folder of a cache that teaches) and everything that `arguments` takes; `given` goes to the trainer as it is.
     """
     cls = TRAINERS[trainer] if isinstance(trainer, str) else trainer
     dropout, n, width = options.pop("dropout", 0.0), options.pop("n", 16), options.pop("teacher_width", None)
     average, prompt = options.pop("average", None), options.pop("prompt", 0)
+    teacher = options.pop("cached", teacher)
     settings = {key: options.pop(key) for key in RECIPE_OPTIONS if key in options}
     given = dict(given or {})
-    parts = PARTS[next(known for known in cls.__mro__ if known in PARTS)]
+    parts = tuple(options.pop("parts", PARTS[next(known for known in cls.__mro__ if known in PARTS)]))
     if parts:
         given.setdefault("recipe", recipe(parts=parts, **settings))
     if "distill" in parts:
         wider = {"hidden_size": width} if width is not None else {}
         teacher = AverageTeacher(decay=average) if average is not None else teacher
-        given["teacher"] = teacher if teacher is not None else build(family, task, seed=7, **wider)
+        with loading_whole():
+            given["teacher"] = teacher if teacher is not None else build(family, task, seed=7, **wider)
     if "model_init" not in given:
-        given["model"] = model if model is not None else build(family, task, seed=0, dropout=dropout)
+        with loading_whole():
+            given["model"] = model if model is not None else build(family, task, seed=0, dropout=dropout)
     data = data if data is not None else Examples(family, task, n, prompt=prompt)
     given = {"train_dataset": data, "eval_dataset": data, "args": arguments(folder, **options), **given}
-    return cls(**given)
+    trainer = cls(**given)
+    if trainer.is_deepspeed_enabled:
+        # Parameters of small models would otherwise be gathered once and stay so.
+        zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+    return trainer
 
 
-def compress(folder: Path | str, *, resume: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
+def compress(folder: Path | str, *, resume: str | Path | bool | None = None, **options: Any) -> tuple[Any, Any]:
     """One run of CompressionTrainer (or what `make_trainer` is told); the trainer and its model."""
     trainer = make_trainer(folder, **options)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=resume if resume is None or resume is True else str(resume))
     return trainer, trainer.accelerator.unwrap_model(trainer.model)
 
 
@@ -268,10 +288,51 @@ def same_everywhere(tensor: torch.Tensor) -> bool:
     return all(other.shape == tensor.shape and torch.equal(other, tensor) for other in everyones)
 
 
+def from_disk(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Student and teacher read with `from_pretrained` where the arguments are there already, as in most scripts."""
+    kept = arguments(folder)
+    loaded = {}
+    for role, seed in (("model", 0), ("teacher", 7)):
+        with loading_whole():
+            model = build(job["family"], job["task"], seed=seed)
+        if kept.process_index == 0:
+            model.save_pretrained(folder / role)
+        torch.distributed.barrier()
+        loaded[role] = type(model).from_pretrained(folder / role)
+    return {**job, **loaded}
+
+
+def share_held(model: torch.nn.Module) -> float:
+    """The share of a model's numbers that this process holds."""
+    held = whole = 0
+    for parameter in model.parameters():
+        whole += getattr(parameter, "ds_numel", parameter.numel())
+        if isinstance(parameter, DTensor):
+            held += parameter.to_local().numel()
+        else:
+            held += parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
+    return held / whole
+
+
 def run_job(folder: Path, job: dict[str, Any]) -> None:
     """One run on all processes; rank 0 writes `facts.json` and tensors beside it."""
     job = dict(job)
     folder.mkdir(parents=True, exist_ok=True)
+    room = job.pop("free_bytes", None)
+    hfcompress.training.sharded.available_bytes = available_bytes if room is None else lambda *_, **__: room
+    if job.pop("from_disk", False):
+        job = from_disk(folder, job)
+    if job.get("do") == "refuse":
+        found = {}
+        for name, options in job["cases"].items():
+            try:
+                make_trainer(folder, **options).train()
+            except ValueError as error:
+                found[name] = str(error)
+        if torch.distributed.get_rank() == 0:
+            (folder / "facts.json").write_text(json.dumps(found))
+        torch.distributed.barrier()
+        return
     if job.pop("do", "compress") == "gradients":
         found = gradients(folder, **job)
         if torch.distributed.get_rank() == 0:
@@ -299,25 +360,35 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     facts = {
         "world": trainer.args.world_size,
         "wrapper": type(trainer.model_wrapped).__name__,
-        "same_weights": same_everywhere(everything(model)),
+        "sharding": trainer.sharding,
         "units": (getattr(model.config, "hfcompress", None) or {}).get("units"),
         "log": trainer.state.log_history,
         "in_optimizer": sum(len(group["params"]) for group in trainer.optimizer.param_groups),
     }
+    pruner = getattr(trainer, "pruner", None)
+    plan = None if pruner is None else pruner.units()
+    facts["same_digests"] = len(set(gather_object([digest(model, plan)]))) == 1
+    facts["share_held"] = share_held(model)
+    if trainer.sharding != "none":
+        facts["units"] = plan or None
+    if not is_sharded(model):
+        facts["same_weights"] = same_everywhere(everything(model))
     if hasattr(trainer, "_projections"):
         projections = trainer._projections
         facts["same_projections"] = len(projections) == 0 or same_everywhere(vector(projections))
         facts["projections"] = len(projections)
-        teacher = trainer.teacher.model
-        facts["teacher"] = {"type": type(teacher).__name__, "training": teacher.training}
-        facts["same_teacher"] = same_everywhere(vector(teacher))
+        for teacher in trainer.teacher.models:
+            facts["teacher"] = {"type": type(teacher).__name__, "training": teacher.training}
+            facts["teacher"]["share_held"] = share_held(teacher)
+            facts["same_teacher"] = is_sharded(teacher) or same_everywhere(vector(teacher))
         if trainer.is_world_process_zero():
             state = {name: value.contiguous() for name, value in projections.state_dict().items()}
             safetensors.torch.save_file(state, folder / "projections.safetensors")
     facts["eval"] = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(folder / "final"))
     if trainer.is_world_process_zero():
-        safetensors.torch.save_file({"weights": vector(model)}, folder / "weights.safetensors")
+        if not is_sharded(model):
+            safetensors.torch.save_file({"weights": vector(model)}, folder / "weights.safetensors")
         (folder / "facts.json").write_text(json.dumps(facts))
     torch.distributed.barrier()
 
@@ -327,6 +398,11 @@ def main() -> None:
     folder, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ and not torch.cuda.is_available():
+        import deepspeed.ops
+
+        # A faster way for processes to talk, which is compiled for more than a minute when it is first used.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for family in FAMILIES:
         make_model(family)
     gc.freeze()  # Trainer collects garbage at the start of each run; what is imported stays anyway

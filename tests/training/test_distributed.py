@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from filelock import FileLock
 
 import hfcompress
 from hfcompress.anatomy import find_sites
 from hfcompress.checkpoints.packed import PackedLinear
+from tests.training.launching import launched, read_facts
 from tests.training.scenarios import (
     GRADIENT_CASES,
     GRADIENT_TRAINERS,
@@ -31,7 +25,6 @@ from tests.training.scenarios import (
 )
 from tests.training.test_exact_loss import difference
 
-ROOT = Path(__file__).parents[2]
 HALF = 4  # examples a process and step
 DESCENT = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "logging_strategy": "steps", "logging_steps": 1}
 SAVING = {"dropout": 0.1, "save_strategy": "steps", "save_steps": 2}
@@ -52,6 +45,14 @@ QAT = {
     "task": "sequence",
     "qat": {"format": "int3-g16-asym", "first": ["int8-channel"], "end": 0.3},
     **DESCENT,
+}
+
+ROUNDED = {
+    "qat": QAT,
+    **{
+        f"qat-{ranges}": {**QAT, "qat": {"format": "int8-channel", "activations": {"ranges": ranges, "samples": 8}}}
+        for ranges in ("learned", "moving-average")
+    },
 }
 
 # What two processes do with 4 examples each is compared with one process and 8: no dropout there, for it is drawn per process.
@@ -111,7 +112,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "distill": {"on_policy": {"share": 0.5, "max_new_tokens": 4}, "hidden": {"weight": 0.0}},
         **DESCENT,
     },
-    "qat": QAT,
+    **ROUNDED,
     "stale-reducer": {**WIDE, "keep_reducer": True},
     "own-means": {
         "do": "gradients",
@@ -135,51 +136,29 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_two_processes(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    jobs = folder / "jobs.json"
-    jobs.write_text(json.dumps(JOBS))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command += ["--master-port", str(free_port()), "-m", "tests.training.scenarios", str(folder), str(jobs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            code = process.wait(timeout=400)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    if code != 0:
-        raise RuntimeError((folder / "output.txt").read_text()[-6000:])
+# Examples that three processes share evenly; their criteria see different numbers of examples.
+THREE = {
+    "bert": {**WIDE, **DESCENT, "n": 24},
+    "vit-end": {**VIT, **DESCENT, "cut": "end", "n": 24},
+    "obs": {**WIDE, **DESCENT, **EXAMPLES, "n": 24},
+    "qat": {**QAT, "n": 24},
+}
 
 
 @pytest.fixture(scope="session")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all jobs, run in one process group, once for all workers of pytest-xdist."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = shared / "two processes"
-    with FileLock(shared / "two processes.lock"):
-        if not folder.exists():
-            run_two_processes(folder)
-        if not (folder / list(JOBS)[-1]).exists():
-            pytest.fail("the run of two processes failed: its output is in the first failure")
-    return folder
+    """The folder of all jobs, run in one process group."""
+    return launched(tmp_path_factory, "two processes", JOBS)
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with three processes."""
+    return launched(tmp_path_factory, "three processes", THREE, processes=3)
 
 
 def facts(two: Path, job: str) -> dict[str, Any]:
-    found = json.loads((two / job / "facts.json").read_text())
-    if "skip" in found:
-        pytest.skip(found["skip"])
-    return found
+    return read_facts(two, job)
 
 
 def weights(two: Path, job: str) -> torch.Tensor:
@@ -214,20 +193,23 @@ def test_both_processes_end_with_the_same_model(two: Path, job: str) -> None:
 
 
 def test_the_jobs_cover_what_they_should() -> None:
-    assert len(TRAINED) == 23 and len(JOBS) == 26 + 7 * 3 * 2
+    assert len(TRAINED) == 23 and len(JOBS) == 28 + 7 * 3 * 2
 
 
-def test_rounded_weights_are_those_of_one_process(two: Path, tmp_path: Path) -> None:
-    found = facts(two, "qat")
+@pytest.mark.parametrize("job", ROUNDED)
+def test_rounded_layers_are_those_of_one_process(two: Path, tmp_path: Path, job: str) -> None:
+    found = facts(two, job)
     assert found["world"] == 2 and found["same_weights"]
-    _, model = compress(tmp_path, **{**QAT, "per_device_train_batch_size": 2 * HALF})
-    theirs = hfcompress.load(two / "qat" / "final")
+    _, model = compress(tmp_path, **{**ROUNDED[job], "per_device_train_batch_size": 2 * HALF})
+    theirs = hfcompress.load(two / job / "final")
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     assert len(packed) == 18
     for name, module in packed.items():
         # A number between two of the grid may fall to either side by the last bit of its gradient.
         same = (module.weight - theirs.get_submodule(name).weight).abs() < 1e-5
         assert same.float().mean() > 0.99
+        if job != "qat":
+            torch.testing.assert_close(theirs.get_submodule(name).input_step, module.input_step, rtol=1e-4, atol=0)
 
 
 def test_without_a_new_reducer_the_processes_drift_apart(two: Path) -> None:
@@ -281,6 +263,20 @@ def test_each_process_with_its_own_mean_if_that_is_asked_for(two: Path) -> None:
     assert difference(found, mean) < 1e-6
     together = gradients(two / "x", case="bert-token", trainer="PlainTrainer")
     assert difference(found, together) > 1e-3
+
+
+@pytest.mark.parametrize("job", THREE)
+def test_three_processes(three: Path, job: str, tmp_path: Path) -> None:
+    found = facts(three, job)
+    assert found["world"] == 3 and found["wrapper"] == "DistributedDataParallel"
+    assert found["same_weights"] and found["same_digests"]
+    if job == "obs":  # which answers are drawn depends on how the examples are shared out
+        assert len(found["units"]) > 2
+        return
+    _, model = compress(tmp_path, **{**THREE[job], "per_device_train_batch_size": 3 * HALF})
+    assert found["units"] == model.config.hfcompress["units"]
+    if job != "qat":
+        torch.testing.assert_close(weights(three, job), vector(model), rtol=1e-4, atol=1e-5)
 
 
 # ---- checkpoints ----

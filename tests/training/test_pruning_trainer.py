@@ -464,13 +464,6 @@ def test_what_cannot_be_pruned(tmp_path: Path) -> None:
     refused(StructureError, "model_type 'fnet'", lambda: prune(tmp_path, model=fnet))
 
 
-def test_sharded_models_are_refused(tmp_path: Path) -> None:
-    for flag in ("is_fsdp_enabled", "is_deepspeed_enabled"):
-        trainer = make_trainer(tmp_path, trainer=PruningTrainer)
-        setattr(trainer, flag, True)
-        refused(ValueError, "which FSDP and DeepSpeed hold in shards; use plain data", trainer._start_pruning)
-
-
 def test_a_bare_recipe_has_sensible_defaults(tmp_path: Path) -> None:
     model, data = (
         make_model("bert", "AutoModelForSequenceClassification", intermediate_size=64),
