@@ -25,6 +25,7 @@ from huggingface_hub import constants, file_download, hf_api
 # Those that are not used here copy constants when they are first imported: during a test, they would keep its hub's.
 from huggingface_hub.utils import _cache_assets, _cache_manager, _git_credential, _http  # noqa: F401
 
+from hfcompress.hub import retries
 from tests.local_hub import TOKEN, LocalHub
 
 
@@ -112,6 +113,6 @@ def backoff_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Lets the client retry at once; the list collects the seconds it would have waited."""
     waits: list[float] = []
     impatient = SimpleNamespace(**{**vars(time), "sleep": waits.append})
-    for module in (_http, file_download):
+    for module in (_http, file_download, retries):
         monkeypatch.setattr(module, "time", impatient)
     return waits

@@ -17,8 +17,8 @@ As on the Hub:
 * large file storage (LFS) is another origin, to which the client must not send its token. It is a second port here,
   for the client follows a redirect within one origin and then misses the headers that stood on it.
 
-Not here: Xet storage (the client needs `HF_HUB_DISABLE_XET=1`), multipart uploads, `.gitignore` on the server, gated
-access, discussions, search and listings. A request without a route is answered 501 and names the route.
+Not here: Xet storage (the client needs `HF_HUB_DISABLE_XET=1`), multipart uploads, `.gitignore` on the server,
+discussions, search and listings. A request without a route is answered 501 and names the route.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 USER = "tester"
 TOKEN = "hf_token_of_tester"
+SIGNATURE = "0123456789abcdef"
 
 LFS_SUFFIXES = (
     ".arrow", ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npy", ".npz", ".onnx", ".parquet", ".pickle", ".pkl",
@@ -122,6 +123,8 @@ class Repo:
     repo_type: str
     repo_id: str
     private: bool
+    gated: bool = False
+    consented: set[str] = field(default_factory=set)
     commits: dict[str, Commit] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -509,7 +512,7 @@ class HubApi:
             "createdAt": repo.history(commit.oid)[-1].date,
             "lastModified": commit.date,
             "private": repo.private,
-            "gated": False,
+            "gated": "auto" if repo.gated else False,
             "disabled": False,
             "downloads": 0,
             "likes": 0,
@@ -660,6 +663,10 @@ class HubApi:
     # -- downloads
 
     def _resolve(self, request: Request, account: Account | None, repo: Repo, revision: str, path: str) -> Answer:
+        name = None if account is None else account.name
+        if repo.gated and name not in {repo.namespace, *repo.consented}:
+            status = 401 if account is None else 403
+            raise HubError(status, "GatedRepo", f"Access to model {repo.repo_id} is restricted.")
         commit = repo.at(revision)
         headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.files:
@@ -674,7 +681,7 @@ class HubApi:
 
     def _storage_link(self, repo: Repo, oid: str) -> str:
         """Like a signed link of the Hub's storage: who has it needs no token."""
-        return f"{self.storage_url}/storage/{repo.repo_type}s/{repo.repo_id}/{oid}"
+        return f"{self.storage_url}/storage/{repo.repo_type}s/{repo.repo_id}/{oid}?X-Amz-Signature={SIGNATURE}"
 
     def _stored_objects(self, kind: str, repo: str) -> dict[str, bytes]:
         stored = self.repos.get((kind.removesuffix("s"), repo))
@@ -757,6 +764,8 @@ class LoggedRequest:
     status: int | None
     authorized: bool
     """Whether it had an Authorization header (the token itself is not kept)."""
+    size_bytes: int = 0
+    """Of its body."""
 
 
 @dataclass
@@ -770,11 +779,16 @@ class Fault:
     drop: bool
     carry_out: bool
     headers: Mapping[str, str]
+    skip: int
+    hang_s: float
 
     def strikes(self, request: Request) -> bool:
-        """Whether it is this request's turn to fail."""
+        """Whether it is this request's turn to fail; counts down those that are let pass."""
         is_method = self.method in {request.method, "*"}
-        return self.remaining > 0 and is_method and bool(re.search(self.path_pattern, unquote(request.path)))
+        if self.remaining < 1 or not is_method or not re.search(self.path_pattern, unquote(request.path)):
+            return False
+        self.skip -= 1
+        return self.skip < 0
 
     def answer(self) -> Answer | None:
         """What the failing request gets; None closes its connection."""
@@ -800,6 +814,7 @@ class LocalHub:
         self._servers: list[_Server] = []
         self._api = HubApi(self.accounts, url="", storage_url="")
         self._lock = threading.RLock()
+        self._stopping = threading.Event()
         self._home: tempfile.TemporaryDirectory[str] | None = None
 
     # -- life
@@ -808,6 +823,7 @@ class LocalHub:
         """Serve on two free ports: the Hub's interface and its storage."""
         if self._servers:
             raise RuntimeError(f"this hub is already served at {self.url}; stop it first")
+        self._stopping.clear()
         self._home = tempfile.TemporaryDirectory(prefix="local_hub_client_", ignore_cleanup_errors=True)
         self._servers = [_Server(self), _Server(self)]
         self._api.url, self._api.storage_url = (server.url for server in self._servers)
@@ -817,6 +833,7 @@ class LocalHub:
 
     def stop(self) -> None:
         """Close the ports and every open connection; what was pushed can still be read with `files`."""
+        self._stopping.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -867,13 +884,34 @@ class LocalHub:
         *,
         repo_type: str = "model",
         private: bool = False,
+        gated: bool = False,
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Make a repository without a request; `files` are in its first commit."""
+        """Make a repository without a request; `files` are in its first commit.
+
+        The files of a gated one are for its owner, and for those who `consent`.
+        """
         with self._lock:
             if (repo_type, repo_id) in self._api.repos:
                 raise ValueError(f"there is a {repo_type} {repo_id} already; choose another id")
-            self._api.new_repo(repo_type, repo_id, private=private, files=files or {})
+            self._api.new_repo(repo_type, repo_id, private=private, files=files or {}).gated = gated
+
+    def consent(self, repo_id: str, user: str, *, repo_type: str = "model") -> None:
+        """Give a user access to the files of a gated repository."""
+        with self._lock:
+            self._repo(repo_type, repo_id).consented.add(user)
+
+    def overwrite(self, repo_id: str, path: str, content: bytes | None, *, revision: str = "main") -> None:
+        """Commit another content of one file of a model without a request, or its removal."""
+        with self._lock:
+            repo = self._repo("model", repo_id)
+            head = repo.at(revision)
+            files = {name: file for name, file in head.files.items() if name != path}
+            if content is not None:
+                files[path] = StoredFile(content, _goes_to_lfs(path, len(content)))
+                if files[path].is_lfs:
+                    repo.lfs_objects[files[path].etag] = content
+            repo.add_commit(revision, files, parent=head.oid, title=f"Change {path}", author=repo.namespace)
 
     def inject(
         self,
@@ -885,6 +923,8 @@ class LocalHub:
         drop: bool = False,
         carry_out: bool = False,
         headers: Mapping[str, str] | None = None,
+        skip: int = 0,
+        hang_s: float = 0,
     ) -> Fault:
         """Let the next matching requests fail. Faults are looked at in the order in which they were injected.
 
@@ -896,16 +936,23 @@ class LocalHub:
             drop: Close the connection instead of answering.
             carry_out: Do what was asked before failing, as when only the answer gets lost on its way.
             headers: More headers for the answer, such as `Retry-After`.
+            skip: How many matching requests pass before.
+            hang_s: Seconds to wait before failing, at most until the hub is stopped.
 
         Raises:
             ValueError: `status` or `times` is out of range.
         """
         if not 400 <= status <= 599 or times < 1:
             raise ValueError(f"status must be in [400, 599] and times at least 1, not {status} and {times}")
-        fault = Fault(method, path_pattern, status, times, drop, carry_out, headers or {})
+        fault = Fault(method, path_pattern, status, times, drop, carry_out, headers or {}, skip, hang_s)
         with self._lock:
             self._faults.append(fault)
         return fault
+
+    def heal(self) -> None:
+        """Forget all faults that have not struck yet."""
+        with self._lock:
+            self._faults.clear()
 
     # -- what a test looks at
 
@@ -939,6 +986,12 @@ class LocalHub:
                 if method in {logged.method, "*"} and re.search(path_pattern, logged.path)
             ]
 
+    def heads(self, repo_id: str, *, repo_type: str = "model") -> dict[str, str]:
+        """Branches and pull requests, each with its newest commit; empty where there is no such repository."""
+        with self._lock:
+            repo = self._api.repos.get((repo_type, repo_id))
+            return {} if repo is None else dict(repo.heads)
+
     def _repo(self, repo_type: str, repo_id: str) -> Repo:
         repo = self._api.repos.get((repo_type, repo_id))
         if repo is None:
@@ -956,10 +1009,12 @@ class LocalHub:
                 fault.remaining -= 1
                 answer = fault.answer()
             status = None if answer is None else answer.status
-            authorized = request.token is not None
-            logged = LoggedRequest(request.method, unquote(request.path), request.query, status, authorized)
+            authorized, path = request.token is not None, unquote(request.path)
+            logged = LoggedRequest(request.method, path, request.query, status, authorized, len(request.body))
             self.requests.append(logged)
-            return answer
+        if fault is not None and fault.hang_s:
+            self._stopping.wait(fault.hang_s)
+        return answer
 
 
 class _Server(ThreadingTCPServer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,8 +63,10 @@ examples:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from hfcompress.checkpoints.staging import staged_folder
     from hfcompress.config import Recipe
     from hfcompress.hub.picture import draw_layers
+    from hfcompress.measurement.provenance import command_line
     from hfcompress.runs import format_rows
     from hfcompress.runs.post_training import prune_folder
 
@@ -82,15 +83,15 @@ def run(options: argparse.Namespace) -> int:
     assert recipe.prune is not None and recipe.data is not None
     target = Path(options.output)
     require_empty(target)
-    with options_named():
+    with options_named(), staged_folder(target) as folder:
         rows = prune_folder(
             options.model,
-            target,
+            folder,
             recipe.prune,
             recipe.data,
             measure=recipe.measure,
             seed=recipe.seed,
-            command=shlex.join(["hfcompress", *sys.argv[1:]]),
+            command=command_line(["hfcompress", *sys.argv[1:]]),
             say=lambda text: print(f"== {text}", file=sys.stderr),
         )
     units, layers, _ = what_is_left(str(target))

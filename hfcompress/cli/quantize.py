@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,6 +91,7 @@ examples:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from hfcompress.checkpoints.io import load
+    from hfcompress.checkpoints.staging import staged_folder
     from hfcompress.hub import save_probe, write_card
     from hfcompress.measurement import disk_bytes
     from hfcompress.quantization import PRESETS, quantize
@@ -105,14 +105,16 @@ def run(options: argparse.Namespace) -> int:
     if options.preset in PRESETS and options.data is None:
         if options.keep is not None:
             raise ValueError("--keep is for --data: rounding without data is done at once")
-        model = quantize(options.model, options.preset, **settings)
-        model.save_pretrained(target)  # type: ignore[operator]
-        save_probe(model, target)
-        copy_processor(options.model, target)
-        write_card(target)
-        load(target)
+        with staged_folder(target) as folder:
+            model = quantize(options.model, options.preset, **settings)
+            model.save_pretrained(folder)  # type: ignore[operator]
+            save_probe(model, folder)
+            copy_processor(options.model, folder)
+            write_card(folder)
+            load(folder)
     else:
-        _quantize_by_rounding(options, target)
+        with staged_folder(target) as folder:
+            _quantize_by_rounding(options, folder)
     before = f" (before: {disk_bytes(options.model) / 1e6:.1f} MB)" if Path(options.model).is_dir() else ""
     print(f"{target}: {disk_bytes(target) / 1e6:.1f} MB{before}; loads again")
     return 0
@@ -122,6 +124,7 @@ def _quantize_by_rounding(options: argparse.Namespace, target: Path) -> None:
     import torch
 
     from hfcompress.config import Recipe
+    from hfcompress.measurement.provenance import command_line
     from hfcompress.runs.quantizing import quantize_folder, read_layers
 
     for option in ("compute_dtype", "storage", "threshold"):
@@ -144,6 +147,6 @@ def _quantize_by_rounding(options: argparse.Namespace, target: Path) -> None:
             dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
             keep=None if options.keep is None else Path(options.keep),
             seed=options.seed,
-            command=shlex.join(["hfcompress", *sys.argv[1:]]),
+            command=command_line(["hfcompress", *sys.argv[1:]]),
             say=print,
         )

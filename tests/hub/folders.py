@@ -89,6 +89,69 @@ def write_results(folder: Path, **changes: Any) -> None:
     (folder / RESULTS_FILE).write_text(json.dumps({**results, **changes}))
 
 
+def change(drop: float, half: float) -> dict:
+    ends = {"drop": drop, "low": drop - half, "high": drop + half, "unit": "points", "p_value": 0.0464}
+    return {**ends, "test": "McNemar, exact", "n": 1500}
+
+
+def speedup(median: float) -> dict:
+    return {
+        "median": median,
+        "p10": median - 0.2,
+        "p90": median + 0.2,
+        "low": median - 0.1,
+        "high": median + 0.1,
+        "rounds": 15,
+    }
+
+
+def classes(*right: int) -> list[dict]:
+    return [{"name": f"class {number}", "n": 100, "right": count} for number, count in enumerate(right)]
+
+
+def save_run(folder, *, name: str = "small", label: str = "pruned", **changes) -> None:
+    """A folder with a pruned model and everything that `results.json` can hold."""
+    save_pruned(folder)
+    rows = [
+        row("teacher", "teacher", 0.9123, classes=classes(90, 80, 70)),
+        row(
+            label,
+            ".",
+            0.9051,
+            speedup=speedup(2.11),
+            layers_speedup={"median": 2.3},
+            origin="teacher",
+            change=change(0.72, 0.5),
+            classes=classes(89, 60, 75),
+            energy={"joules_per_input": 0.021, "source": "RAPL, processor packages and memory"},
+        ),
+        row(
+            f"{label} + int8",
+            "student-int8",
+            0.9011,
+            speedup=speedup(1.2),
+            origin=label,
+            change=change(1.12, 0.6),
+            step={"change": change(0.4, 0.3), "speedup": speedup(0.57)},
+            disk_bytes=30_000_000,
+        ),
+    ]
+    log = [{"step": step, "loss": 1 / step, "loss_task": 0.5 / step, "sparsity": step / 100} for step in range(1, 51)]
+    lineage = {
+        "base": {"name": "google-bert/bert-base-uncased", "licence": "apache-2.0", "said_by": "its card"},
+        "data": {"name": "films", "licence": None, "said_by": None},
+    }
+    more = {
+        "rows": rows,
+        "name": name,
+        "contract": {"max_drop": 1.0, "min_speedup": 1.8, "max_mb": 100.0},
+        "history": {"student": [*log, {"step": 50, "eval_loss": 0.4}, {"step": 50, "train_runtime": 173.2}]},
+        "lineage": lineage,
+        "recipe": {"task": "text-classification", "prune": {"target": {"speedup": 2.0}}},
+    }
+    write_results(folder, **{**more, **changes})
+
+
 def all_fine(folder: Path, routes: list[str], timeout_s: float) -> list[RouteCheck]:
     """Stands in for the fresh processes where these are not what is tested."""
     return [RouteCheck(route, True, 2e-7, 1e-5) for route in routes]

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 
 import hfcompress
 from hfcompress.checkpoints.portable import MODELING_FILE
-from hfcompress.hub import PushError, VerificationError, push_folder, verify
+from hfcompress.cli.main import main
+from hfcompress.hub import PushError, VerificationError, push, push_folder, verify
 from hfcompress.hub.card import PICTURE_FILE, RESULTS_FILE
 from hfcompress.hub.verify import PROBE_FILE
 from tests.families import make_inputs, run_model
@@ -50,6 +51,10 @@ def one_line(error):
     return message
 
 
+def nothing_sent(hub):
+    return all(request.method == "GET" for request in hub.requests)
+
+
 def test_a_push_is_one_commit_and_loads_again(pruned, local_hub):
     folder, model = pruned
     write_results(folder)
@@ -63,7 +68,7 @@ def test_a_push_is_one_commit_and_loads_again(pruned, local_hub):
     assert after.title == "Upload a model compressed with hfcompress"
     assert local_hub.is_private("tester/small")
     files = local_hub.files("tester/small")
-    assert set(files) == FILES | {RESULTS_FILE}
+    assert {PICTURE_FILE, *files} == FILES | {RESULTS_FILE, *(name for name in files if name.endswith(".png"))}
     assert not [name for name, content in files.items() if TOKEN.encode() in content or content == b"private"]
     assert not [name for name, content in files.items() if str(folder).encode() in content]
 
@@ -107,7 +112,7 @@ def test_what_does_not_reload_does_not_reach_the_hub(pruned, local_hub, monkeypa
     monkeypatch.setattr(verify, "_run_child", none_fine)
     with pytest.raises(VerificationError, match="nothing was pushed"):
         push_folder(folder, "tester/small")
-    assert local_hub.repo_ids() == [] and local_hub.requests == []
+    assert local_hub.repo_ids() == [] and nothing_sent(local_hub)
 
 
 def test_broken_results_leave_nothing_behind(pruned, local_hub):
@@ -115,13 +120,13 @@ def test_broken_results_leave_nothing_behind(pruned, local_hub):
     (folder / RESULTS_FILE).write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
         push_folder(folder, "tester/small")
-    assert local_hub.repo_ids() == [] and local_hub.requests == []
+    assert local_hub.repo_ids() == [] and nothing_sent(local_hub)
 
 
 def test_a_folder_that_is_not_there(tmp_path, local_hub):
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         push_folder(tmp_path / "nowhere", "tester/small")
-    assert local_hub.requests == []
+    assert nothing_sent(local_hub)
 
 
 def test_refusals_are_one_line(pruned, local_hub, monkeypatch):
@@ -146,7 +151,11 @@ def test_refusals_are_one_line(pruned, local_hub, monkeypatch):
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [(404, "there is no such user or organization"), (403, "you may not write"), (400, "it answered 400")],
+    [
+        (404, "there is no such user, organization, repository or branch"),
+        (403, "you may not write"),
+        (400, "it answered 400"),
+    ],
 )
 def test_refusals_while_uploading(status, said, pruned, local_hub):
     folder, _ = pruned
@@ -164,6 +173,68 @@ def test_a_hub_that_cannot_be_reached(pruned, local_hub, backoff_waits):
         push_folder(folder, "tester/small")
     assert "tester/small was not pushed: the Hub cannot be reached" in one_line(caught.value)
     local_hub.start()
+
+
+def test_who_is_not_known_learns_it_before_the_folder_is_loaded(pruned, local_hub, monkeypatch):
+    monkeypatch.setattr(verify, "_run_child", none_fine)
+    for token, repo in (("hf_wrong", "tester/small"), (TOKEN, "tester/small")):
+        with pytest.raises((PushError, VerificationError)) as caught:
+            push_folder(pruned[0], repo, token=token)
+        assert isinstance(caught.value, PushError) == (token == "hf_wrong")
+    with pytest.raises(PushError, match="there is no such user, organization, repository or branch"):
+        push_folder(pruned[0], "tester/small", create_pr=True)
+    assert nothing_sent(local_hub)
+
+
+def test_a_pull_request_to_somebody_elses_model(pruned, local_hub):
+    folder, model = pruned
+    local_hub.add_user("friend")
+    local_hub.create_repo("friend/small", files={"config.json": b"{}", "notes.txt": b"theirs"})
+    commit = push_folder(folder, "friend/small", create_pr=True, message="Smaller")
+    assert commit.pr_url == f"{local_hub.url}/friend/small/discussions/1" and commit.pr_num == 1
+    assert set(local_hub.files("friend/small")) == {".gitattributes", "config.json", "notes.txt"}
+    assert [c.title for c in local_hub.commits("friend/small", "refs/pr/1")] == ["Smaller", "initial commit"]
+    inputs = make_inputs("bert")
+    again = hfcompress.load("friend/small", revision="refs/pr/1")
+    assert torch.equal(run_model(again, inputs)["logits"], run_model(model, inputs)["logits"])
+    with pytest.raises(ValueError, match="a pull request is always onto main; leave out the revision v1"):
+        push_folder(folder, "friend/small", create_pr=True, revision="v1")
+
+
+def test_the_command_opens_pull_requests(pruned, local_hub, capsys):
+    folder, _ = pruned
+    assert main(["push", str(folder), "tester/small"]) == 0
+    assert main(["push", str(folder), "tester/small", "--pr"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1] == f"nothing to change: {local_hub.url}/tester/small has it all"
+    local_hub.overwrite("tester/small", "config.json", b"{}")
+    assert main(["push", str(folder), "tester/small", "--pr"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"pull request: {local_hub.url}/tester/small/discussions/1"]
+    assert main(["push", str(folder), "tester/small", "--pr", "--revision", "v1"]) == 2
+    assert capsys.readouterr().err.endswith("leave out the revision v1, or the pull request\n")
+
+
+def test_private_is_for_new_repositories(pruned, local_hub, caplog):
+    local_hub.create_repo("tester/open")
+    push_folder(pruned[0], "tester/open", private=True)
+    assert "tester/open was there before and is public; only a new repository is made private" in caplog.text
+    assert not local_hub.is_private("tester/open")
+
+
+def test_an_adapter_of_a_folder_is_no_pull_request(tmp_path, local_hub, monkeypatch):
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    monkeypatch.setattr(push, "require_loadable", lambda folder: [])
+    save_pruned(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
+    )
+    local_hub.create_repo("tester/small-adapter")
+    with pytest.raises(
+        ValueError, match="which is not on the Hub; push without a pull request, or name its repository in"
+    ):
+        push_folder(tmp_path / "adapter", "tester/small-adapter", create_pr=True)
+    assert local_hub.repo_ids() == ["tester/small-adapter"]
 
 
 def test_a_trainer_pushes_what_it_verified(tmp_path, local_hub):
