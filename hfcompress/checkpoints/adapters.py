@@ -10,6 +10,8 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.utils import cached_file, find_adapter_config_file
 
+from hfcompress.checkpoints.damage import damage_named
+
 ADAPTER_FILE = "adapter_config.json"
 # Beside the adapter, which has no config.json for the record to live in: one would pass for a model's.
 RECORD_FILE = "hfcompress_record.json"
@@ -34,7 +36,8 @@ def base_of(path_or_repo: str | Path, *, revision: str | None = None, token: str
     file = find_adapter_config_file(str(path_or_repo), revision=revision, token=token)
     if file is None:
         return None
-    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    said = _read_json(Path(file))
+    base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{path_or_repo}: {ADAPTER_FILE} does not say base_model_name_or_path; set it to the base's folder"
@@ -50,19 +53,28 @@ def read_config(path_or_repo: str | Path, *, revision: str | None = None, token:
         ValueError: It is an adapter, and peft is not installed.
     """
     try:
-        return AutoConfig.from_pretrained(path_or_repo, revision=revision, token=token)
+        with damage_named(path_or_repo):
+            return AutoConfig.from_pretrained(path_or_repo, revision=revision, token=token)
     except (OSError, ValueError):  # which of the two depends on the release
         base = base_of(path_or_repo, revision=revision, token=token)
         if base is None:
             raise
     require_peft()
-    config = AutoConfig.from_pretrained(base, token=token)
+    with damage_named(base):
+        config = AutoConfig.from_pretrained(base, token=token)
     record = cached_file(
         str(path_or_repo), RECORD_FILE, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
     )
     if record is not None:
-        config.hfcompress = json.loads(Path(record).read_text(encoding="utf-8"))
+        config.hfcompress = _read_json(Path(record))
     return config
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{file} is not valid JSON; save the adapter again") from None
 
 
 def save_record(config: Any, folder: str | Path) -> None:

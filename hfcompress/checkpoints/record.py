@@ -32,6 +32,8 @@ def read_steps(config: Any) -> list[dict[str, Any]]:
     steps = record.get("steps", [])
     if not isinstance(steps, list) or len(steps) > _MAX_STEPS or not all(isinstance(s, Mapping) for s in steps):
         raise StructureError(f"config.hfcompress.steps must be a list of at most {_MAX_STEPS} mappings")
+    for step in steps:
+        check_record({"version": RECORD_VERSION, "units": step.get("units", {})})
     return [dict(step) for step in steps]
 
 

@@ -101,6 +101,25 @@ def share(text: str) -> float:
     return share
 
 
+def picture(text: str) -> str:
+    """The name of a file that pictures are drawn into."""
+    if Path(text).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: must end in .png, .svg or .pdf")
+    return text
+
+
+@contextlib.contextmanager
+def written(name: str | None) -> Iterator[Path | None]:
+    """A file that an option names, to be written in the block; that it can be is seen at the beginning."""
+    if name is None:
+        yield None
+        return
+    from hfcompress.checkpoints.staging import staged_file
+
+    with staged_file(name) as file:
+        yield file
+
+
 def text_columns(options: argparse.Namespace) -> Any:
     """The columns of text as a recipe has them: one name, several, or None."""
     return options.text[0] if options.text and len(options.text) == 1 else options.text
@@ -149,5 +168,7 @@ def require_empty(target: Path, option: str = "--output") -> None:
     Raises:
         ValueError: It does, or it is a file.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    from hfcompress.checkpoints.staging import is_empty
+
+    if not is_empty(target):
         raise ValueError(f"{target} is not empty; give another {option}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hfcompress.cli.arguments import add_command
+from hfcompress.cli.arguments import add_command, picture
 
 
 def add(commands: Any) -> None:
@@ -25,7 +25,7 @@ examples:
     )
     parser.add_argument("model", help="folder or Hub repository")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a repository")
-    parser.add_argument("--picture", default=None, metavar="FILE.png", help="also draw it")
+    parser.add_argument("--picture", type=picture, default=None, metavar="FILE.png", help="also draw it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     import json
 
+    from hfcompress.checkpoints.staging import staged_file
     from hfcompress.hub.picture import draw_layers, save_layers_picture
 
     units, layers, hidden = what_is_left(options.model, options.revision)
@@ -76,7 +77,8 @@ def run(options: argparse.Namespace) -> int:
         if hidden:
             print(f"hidden features: {hidden[0]:,} of {hidden[1]:,} ({hidden[0] / hidden[1]:.0%})")
     if options.picture:
-        save_layers_picture(units, options.picture, layers=layers)
+        with staged_file(options.picture) as file:
+            save_layers_picture(units, file, layers=layers)
         if not options.json:
             print(f"drawn in {options.picture}")
     return 0

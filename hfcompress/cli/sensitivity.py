@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hfcompress.cli.arguments import add_command, data_arguments, data_sections, number, options_named
+from hfcompress.cli.arguments import (
+    add_command,
+    data_arguments,
+    data_sections,
+    number,
+    options_named,
+    picture,
+    written,
+)
 
 
 def add(commands: Any) -> None:
@@ -43,7 +51,7 @@ examples:
     )
     data_arguments(parser, samples=256)
     parser.add_argument("--criterion", default="obs", help="in which order units go (default obs)")
-    parser.add_argument("--picture", default=None, metavar="FILE.png", help="also draw it")
+    parser.add_argument("--picture", type=picture, default=None, metavar="FILE.png", help="also draw it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--bits", nargs="+", default=None, metavar="BITS", help="numbers of bits, or names of formats, to choose from"
@@ -62,11 +70,22 @@ examples:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    if options.bits is not None:
-        return _bits(options)
     for name in ("max_mb", "max_loss", "save"):
-        if getattr(options, name) is not None:
+        if options.bits is None and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is about bits; say which with --bits, e.g. --bits 16 8 4")
+    with written(options.picture) as drawing, written(options.save) as saving:
+        if options.bits is None:
+            _units(options, drawing)
+        else:
+            _bits(options, drawing, saving)
+    if options.picture and not options.json:
+        print(f"\ndrawn in {options.picture}")
+    if options.save and not options.json:
+        print(f"\nsaved in {options.save}: hfcompress quantize {options.model} --layers {options.save}")
+    return 0
+
+
+def _units(options: argparse.Namespace, drawing: Path | None) -> None:
     import json
 
     from hfcompress.config import Recipe
@@ -90,18 +109,15 @@ def run(options: argparse.Namespace) -> int:
         print(format_sensitivities(found))
         if layers:
             print("\n" + format_layers(layers))
-    if options.picture:
+    if drawing:
         lines = {
             entry.site: [(left / entry.units, loss) for left, loss in zip(entry.left, entry.divergence, strict=True)]
             for entry in found
         }
-        save_sensitivity_picture(lines, options.picture)
-        if not options.json:
-            print(f"\ndrawn in {options.picture}")
-    return 0
+        save_sensitivity_picture(lines, drawing)
 
 
-def _bits(options: argparse.Namespace) -> int:
+def _bits(options: argparse.Namespace, drawing: Path | None, saving: Path | None) -> None:
     import json
 
     from hfcompress.config import Recipe
@@ -144,14 +160,8 @@ def _bits(options: argparse.Namespace) -> int:
         kept = next((form for form in next(iter(costs.values())) if form in FLOATS), "")
         chosen = {name: layers.get(name, kept) for name in costs}
     print(json.dumps(found, indent=2) if options.json else format_bits(costs, chosen, rest_bytes=rest_bytes))
-    if options.picture:
+    if drawing:
         losses = {name: {form: cost.loss for form, cost in layer.items()} for name, layer in costs.items()}
-        save_bits_picture(losses, options.picture, chosen=chosen)
-    if options.save:
-        Path(options.save).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if not options.json:
-        if options.picture:
-            print(f"\ndrawn in {options.picture}")
-        if options.save:
-            print(f"\nsaved in {options.save}: hfcompress quantize {options.model} --layers {options.save}")
-    return 0
+        save_bits_picture(losses, drawing, chosen=chosen)
+    if saving:
+        saving.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     from hfcompress.checkpoints.io import load
     from hfcompress.checkpoints.portable import MODELING_FILE
     from hfcompress.checkpoints.record import add_step
+    from hfcompress.checkpoints.staging import staged_folder
     from hfcompress.distillation import derive_student
     from hfcompress.hub import save_probe, write_card
     from hfcompress.runs.processors import copy_processor
@@ -73,16 +74,17 @@ def run(options: argparse.Namespace) -> int:
     if not choices and not options.random:
         raise ValueError("nothing to change: give --layers, --hidden, --heads, --neurons, --config or --random")
     torch.manual_seed(options.seed)
-    teacher: Any = load(options.teacher)
     start = "random" if options.random else "teacher"
-    student, copied = derive_student(teacher, **choices, initialize=start)  # type: ignore[arg-type]
-    origin = Path(options.teacher).name if Path(options.teacher).exists() else options.teacher
-    add_step(student.config, "student", teacher=origin, initialize=start, choices=choices)
-    student.save_pretrained(target)
-    save_probe(student, target)
-    copy_processor(options.teacher, target)
-    write_card(target)
-    load(target)
+    with staged_folder(target) as folder:
+        teacher: Any = load(options.teacher)
+        student, copied = derive_student(teacher, **choices, initialize=start)  # type: ignore[arg-type]
+        origin = Path(options.teacher).name if Path(options.teacher).exists() else options.teacher
+        add_step(student.config, "student", teacher=origin, initialize=start, choices=choices)
+        student.save_pretrained(folder)
+        save_probe(student, folder)
+        copy_processor(options.teacher, folder)
+        write_card(folder)
+        load(folder)
     before, after = _sizes_of(teacher), _sizes_of(student)
     print(f"{'':<24}{'before':>14}{'after':>14}")
     for name, count in before.items():

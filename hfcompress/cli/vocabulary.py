@@ -49,6 +49,7 @@ examples:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from hfcompress.checkpoints.staging import staged_folder
     from hfcompress.runs.vocabulary import cut_folder
     from hfcompress.tasks.corpus import read_corpus
     from hfcompress.tasks.errors import DataError
@@ -60,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
     except DataError as error:
         raise ValueError(str(error).replace("data.text", "--text")) from None
     coverage = 0.999 if options.size is None and options.coverage is None else options.coverage
-    done = cut_folder(options.model, texts, target, size=options.size, coverage=coverage)
+    with staged_folder(target) as folder:
+        done = cut_folder(options.model, texts, folder, size=options.size, coverage=coverage)
     print(f"{'':<12}{'before':>14}{'after':>14}")
     for name, pair in (("tokens", done.tokens), ("parameters", done.parameters)):
         print(f"{name:<12}{pair[0]:>14,}{pair[1]:>14,}{pair[1] / pair[0]:>7.0%}")

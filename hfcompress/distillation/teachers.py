@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hfcompress.distillation.capture import NOTHING, AttentionInputs, Captured, Wanted, capture
 
@@ -181,7 +182,8 @@ class AverageTeacher(Teacher):
         decay = min(self.decay, (1 + step) / (10 + step))
         with torch.no_grad():
             for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
-                mine.lerp_(theirs.detach().to(mine.dtype), 1 - decay)
+                now = theirs.full_tensor() if isinstance(theirs, DTensor) else theirs  # of a student in shards
+                mine.lerp_(now.detach().to(mine.dtype), 1 - decay)
             for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
                 mine.copy_(theirs)
 

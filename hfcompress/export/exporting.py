@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from hfcompress.checkpoints.io import load
 from hfcompress.checkpoints.record import read_steps
+from hfcompress.checkpoints.staging import is_empty, staged_folder
 from hfcompress.export.checking import Check, check_inputs, check_outputs, require_equal
 from hfcompress.export.example import write_example, write_readme
 from hfcompress.export.families import check_exportable, outside_weights, reads_text
@@ -103,7 +103,7 @@ def export_formats(
         if form.calibrated and not batches:
             raise ExportError(f"{form.name} fixes the ranges of activations by examples; give calibration data")
     for folder in map(Path, folders.values()):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not is_empty(folder):
             raise ExportError(f"{folder} is not empty; give another folder")
     loaded: Any = load(path_or_repo) if model is None else model
     check_exportable(loaded)
@@ -125,10 +125,7 @@ def export_formats(
 def _export(
     model: Any, source: str | Path, graph: Path, target: Path, form: Format, batches: list[Mapping[str, Any]]
 ) -> Export:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        folder = Path(scratch) / target.name
-        folder.mkdir()
+    with staged_folder(target) as folder:
         inputs = check_inputs(model, batches[:: -(-len(batches) // _CHECKED_BATCHES) or 1])
         calibration = calibration_arrays(batches, list(inputs[-1])) if form.calibrated else []
         if form.int8:
@@ -163,9 +160,6 @@ def _export(
         example = write_example(folder, form, model, processor)
         write_readme(folder, facts, check, example=example)
         del exported  # Windows does not move what is open
-        if target.exists():
-            target.rmdir()
-        os.replace(folder, target)
     return Export(target, form, check, size_bytes, calibration_n)
 
 

@@ -23,9 +23,12 @@ from hfcompress.distillation import (
     Teacher,
     plan_placement,
 )
+from hfcompress.distillation.cache_writing import in_bytes
+from hfcompress.measurement.memory import memory_named
 from hfcompress.quantization import quantize
 from hfcompress.runs.caching import cache_task
 from hfcompress.training.comparing import Comparison, shape_of
+from hfcompress.training.distilling import FEWER_BITS
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +99,17 @@ def _open(name: str, config: TeacherConfig, plan: Placement, args: Any, label_na
     if device == "auto":
         device = str(plan.teacher_device or args.device)
     model: Any
-    if precision in ("int8", "nf4"):
-        model = quantize(name, precision, device_map={"": device})
-    else:
-        model = load(name, dtype=getattr(torch, precision)).to(device)
+    known = f"; in {plan.teacher_precision} it takes {in_bytes(plan.teacher_bytes)}" if plan.teacher_precision else ""
+    free = f"{in_bytes(plan.available_bytes)} were free on {plan.device}{known}"
+    with memory_named(
+        lambda: (
+            f"the teacher {name}, loaded in {precision} on {device}, ran out of memory. Of that {free}. {FEWER_BITS}"
+        )
+    ):
+        if precision in ("int8", "nf4"):
+            model = quantize(name, precision, device_map={"": device})
+        else:
+            model = load(name, dtype=getattr(torch, precision)).to(device)
     return Teacher(model, label_names=label_names)
 
 

@@ -11,9 +11,11 @@ import torch
 from transformers import AutoTokenizer
 
 from hfcompress.checkpoints.io import load
+from hfcompress.checkpoints.staging import is_empty
 from hfcompress.hub import save_probe, write_card
 from hfcompress.measurement import count_parameters, memory_bytes
 from hfcompress.tasks.corpus import Corpus
+from hfcompress.tasks.text import open_tokenizer
 from hfcompress.vocabulary import (
     VocabularyError,
     choose_tokens,
@@ -72,9 +74,9 @@ def cut_folder(
         ValueError: The folder is not empty, the tokenizer or model cannot be cut, or nothing would be removed.
     """
     target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not is_empty(target):
         raise ValueError(f"{target} is not empty; give another folder")
-    tokenizer, model = AutoTokenizer.from_pretrained(path_or_repo), load(path_or_repo)
+    tokenizer, model = open_tokenizer(path_or_repo), load(path_or_repo)
     rows, parameters, size_bytes = model.config.vocab_size, count_parameters(model), memory_bytes(model)  # type: ignore[union-attr]
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
     named = [tokens[i] for i in named_ids(model) if i in tokens]

@@ -347,7 +347,8 @@ class DistillationMixin(ExactTrainerMixin):
             self._take_up(Path(self._resumed_from))
             self._load_projections()  # in shards, a run learns only now what it goes on from
         elif self.distill.self_test:
-            check_gradients(self)
+            with memory_named(self._say_student_is_too_large):
+                check_gradients(self)
 
     def _take_up(self, folder: Path) -> None:
         assert self.comparison is not None

@@ -128,12 +128,7 @@ class ExactTrainerMixin(ShardedMixin):
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One batch forward and backward as in Trainer, and the gradients beside the model averaged over processes."""
-        with memory_named(
-            lambda: (
-                f"step {self.state.global_step + 1}: the model that is trained ran out of memory. {self._smaller_batch}; "
-                "or train with gradient_checkpointing, in bf16, or with shorter examples"
-            )
-        ):
+        with memory_named(self._say_student_is_too_large):
             loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
         if self.args.world_size > 1 and self.accelerator.sync_gradients:
             for parameter in self._beside:
@@ -148,6 +143,12 @@ class ExactTrainerMixin(ShardedMixin):
         if isinstance(dataset, datasets.Dataset):
             return self._remove_unused_columns(dataset, description=purpose), collate
         return dataset, self._get_collator_with_removed_columns(collate, description=purpose)
+
+    def _say_student_is_too_large(self) -> str:
+        return (
+            f"step {self.state.global_step + 1}: the model that is trained ran out of memory. {self._smaller_batch}; "
+            "or train with gradient_checkpointing, in bf16, or with shorter examples"
+        )
 
     @property
     def _smaller_batch(self) -> str:

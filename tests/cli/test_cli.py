@@ -26,6 +26,9 @@ COMMANDS = (
     "cache-teacher",
     "measure",
     "inspect",
+    "report",
+    "compare",
+    "check",
     "quantize",
     "vocabulary",
     "push",
@@ -57,7 +60,7 @@ def test_help_teaches_and_imports_nothing_heavy():
     )
     found, heavy = json.loads(done.stdout)
     assert heavy == []
-    assert len(found) == 12 and {status for status, _ in found.values()} == {0}
+    assert len(found) == 15 and {status for status, _ in found.values()} == {0}
     for command, (_, text) in found.items():
         assert re.search(rf"examples?:\n  hfcompress {command}", text), command
     assert all(f"hfcompress {name} " in found[""][1] or name in NOT_IN_THE_EPILOG for name in COMMANDS)

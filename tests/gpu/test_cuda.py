@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -203,18 +199,10 @@ def test_resume_goes_on_exactly(tmp_path: Path) -> None:
 
 
 def test_one_process_group_on_nccl(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", "29517"]
-    options = {"use_cpu": False, "ddp_find_unused_parameters": False}
-    done = subprocess.run(
-        [*command, "-m", "tests.training.scenarios", str(tmp_path), json.dumps(options)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "facts.json").read_text())["units"]
+    from tests.training.launching import launch, read_facts
+
+    launch(tmp_path / "run", {"bert": {"ddp_find_unused_parameters": False}}, processes=1, gpu=True)
+    assert read_facts(tmp_path / "run", "bert")["units"]
 
 
 def test_pruning_makes_a_gpu_faster_too() -> None:

@@ -77,7 +77,9 @@ def test_the_line_names_what_to_change(tmp_path: Path, who: str, said: str) -> N
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: 1 bytes"
+        ),
     ],
 )
 def test_each_way_of_saying_it(error: Exception, tmp_path: Path) -> None:
@@ -114,5 +116,8 @@ def test_a_teacher_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OutOfMemoryError) as caught:
         student = build("bert", "sequence", seed=0)
         teaching.open_teachers(recipe, tmp_path / "teacher", student, arguments(tmp_path), task, tmp_path)
-    said = r"the teacher \S*teacher ran out of memory\. It takes [\d.]+ kB on cpu in bfloat16, where [\d.]+ [GM]B were free\. Load the teacher in fewer"
+    said = (
+        r"the teacher \S*teacher, loaded in bfloat16 on cpu, ran out of memory\. Of that [\d.]+ [GM]B were free on cpu; in float32 it takes "
+        r"[\d.]+ kB\. Load the teacher in fewer bits"
+    )
     assert re.match(said, str(caught.value)), str(caught.value)
