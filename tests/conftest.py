@@ -14,6 +14,9 @@ import transformers
 
 pytest_plugins = ["tests.hub_fixtures"]
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported, says so on standard output
+
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 

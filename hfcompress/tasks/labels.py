@@ -251,6 +251,17 @@ def find_classes(train: LabelColumn, *, quantity: str = "score") -> Labels:
     return Labels(train.problem_type, names, names)
 
 
+def warn_of_one_class(column: LabelColumn) -> None:
+    """Say so where all examples that a model is scored on are of one class: always giving that would be right."""
+    if column.problem_type == "single_label_classification" and len(set(column.values)) == 1:
+        logger.warning(
+            "%s: all %s rows have the label %r, so the score says little; evaluate on rows of every class",
+            column.where,
+            f"{len(column.values):,}",
+            column.values[0],
+        )
+
+
 def are_numbers(names: Iterable[str]) -> bool:
     """Whether class names are mere whole numbers, such as 0 and 1, that do not say what they stand for.
 

@@ -419,6 +419,8 @@ def _open(
             meaning.read_labels(source.rows, str(columns.label), where=source.name, by_word=spec.classes == "word")
             for source in sources
         ]
+        if evaluation is not None:
+            meaning.warn_of_one_class(columns_of[-1])
         # All rows count and not only those taken: which classes there are must not depend on max_train and the seed.
         labels = meaning.follow_head(
             meaning.find_classes(columns_of[0], quantity=str(columns.label)), head, must_match=must_match

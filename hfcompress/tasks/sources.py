@@ -282,25 +282,31 @@ def _read_files(paths: Sequence[Path], name: str, key: str) -> Source:
     if None in formats or len(formats) > 1:
         raise DataError(f"{key}: {name}: files end in {', '.join(suffixes)}; give one kind of {', '.join(FORMATS)}")
     builder = str(formats.pop())
+    paths = [path for path in paths if path.stat().st_size]
+    if not paths:
+        raise DataError(f"{key}: {name} has no rows")
     options: dict[str, Any] = {}
     if builder == "csv":
         # pandas would read the words "NA", "None" and "null" as missing values; here only an empty cell is one.
         options = {"sep": _separator(paths[0], key), "keep_default_na": False, "na_values": [""]}
         if any(_has_literal_quotes(path) for path in paths if path.suffix.lower() == ".tsv"):
             options["quoting"] = csv.QUOTE_NONE
-    files = [glob.escape(str(path.absolute())) for path in paths if builder != "text" or path.stat().st_size]
-    if not files:
-        raise DataError(f"{key}: {name} has no rows")
+    files = [glob.escape(str(path.absolute())) for path in paths]
     rows = _load(builder, name, key, data_files={"train": files}, **options)["train"]
     return Source(rows, name, paths[0].parent, is_lines=builder == "text")
 
 
 def _load(builder: str, name: str, key: str, **options: Any) -> Any:
+    loud = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would say the error once more, in its own words
     try:
         return datasets.load_dataset(builder, **options)
     except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError) as error:
-        reason = "has no rows" if "corresponds to no data" in str(error) else f"cannot be read: {first_line(error)}"
-        raise DataError(f"{key}: {name} {reason}") from error
+        said = first_line(error)
+        empty = "corresponds to no data" in str(error) or "BatchSize must be greater than 0" in said
+        raise DataError(f"{key}: {name} {'has no rows' if empty else f'cannot be read: {said}'}") from error
+    finally:
+        datasets.logging.set_verbosity(loud)
 
 
 def _separator(path: Path, key: str) -> str:
@@ -312,9 +318,12 @@ def _separator(path: Path, key: str) -> str:
         raise DataError(f"{key}: {path.name} is not in UTF-8; save it in that encoding") from error
     except OSError as error:
         raise DataError(f"{key}: {path.name} cannot be read: {error.strerror or error}") from error
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    return max(",;\t", key=header.count)
+    separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
+    names = next(csv.reader([header], delimiter=separator), [])
+    twice = next((column for number, column in enumerate(names) if column in names[:number]), None)
+    if twice:  # pandas would give the second one another name
+        raise DataError(f"{key}: {path.name} has two columns named {twice!r}; give each a name of its own")
+    return separator
 
 
 def _has_literal_quotes(path: Path) -> bool:

@@ -200,7 +200,7 @@ def test_accumulated_parts_are_the_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "qat, match",
     [
-        ({"format": "int9"}, "no quantization scheme 'int9'"),
+        ({"format": "int9"}, "'int9' is not allowed; did you mean int8"),
         ({"format": "codebook4"}, "found once, after training"),
         ({"format": "int4", "skip": ["nothing.here"]}, "not a module"),
     ],

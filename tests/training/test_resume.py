@@ -378,7 +378,7 @@ def test_plain_runs_resume_every_weight(tmp_path: Path, family: str) -> None:
 
 
 def test_plain_transformers_does_not(tmp_path: Path) -> None:
-    options = {"family": "vit", "task": "image", "trainer": Trainer, "max_steps": 4}
+    options = {"family": "vit", "task": "image", "trainer": PlainTrainer, "max_steps": 4}
     compress(tmp_path / "whole", save_strategy="steps", save_steps=2, **options)
     saved = hfcompress.load(tmp_path / "whole" / "checkpoint-2").state_dict()
 
