@@ -75,6 +75,16 @@ def staged_file(target: str | Path) -> Iterator[Path]:
         stage.replace(final)
 
 
+def require_writable(target: str | Path) -> None:
+    """See at the beginning of long work that its result can be written.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    with _staged(target, Path(target).absolute()):
+        pass
+
+
 def is_empty(target: Path) -> bool:
     """Whether nothing is there, or a folder that holds nothing but what a process left that was killed."""
     if not os.path.lexists(target):

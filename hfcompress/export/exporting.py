@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from hfcompress.checkpoints.io import load
 from hfcompress.checkpoints.record import read_steps
-from hfcompress.checkpoints.staging import is_empty, staged_folder
+from hfcompress.checkpoints.staging import is_empty, require_writable, staged_folder
 from hfcompress.export.checking import Check, check_inputs, check_outputs, require_equal
 from hfcompress.export.example import write_example, write_readme
 from hfcompress.export.families import check_exportable, outside_weights, reads_text
@@ -105,6 +105,7 @@ def export_formats(
     for folder in map(Path, folders.values()):
         if not is_empty(folder):
             raise ExportError(f"{folder} is not empty; give another folder")
+        require_writable(folder)
     loaded: Any = load(path_or_repo) if model is None else model
     check_exportable(loaded)
     loaded = loaded.float().cpu().eval()

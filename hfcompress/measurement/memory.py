@@ -1,8 +1,9 @@
-"""Running out of memory: told from other errors, and said with what to change."""
+"""The most memory a process held, and running out of it: told from other errors, and said with what to change."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -42,3 +43,20 @@ def memory_named(explain: Callable[[], str]) -> Iterator[None]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in _WORDS)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held so far: on a GPU what torch took for tensors, else resident memory; 0 where none is told.
+
+    Example:
+        >>> peak_memory_bytes(torch.device("cpu")) > 10**7
+        True
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

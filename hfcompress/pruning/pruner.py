@@ -620,6 +620,14 @@ class Pruner:
         units = self._open_units(find_sites(self.model))
         return {name: [left, self.original[name]] for name, left in units.items() if left != self.original[name]}
 
+    def totals(self) -> dict[str, int]:
+        """How many heads and neurons are left in all, by the role of their sites: {"heads": 31, "neurons": 9216}."""
+        found: dict[str, int] = {}
+        for name, left in self._open_units(find_sites(self.model)).items():
+            role = name.rpartition(".")[2]
+            found[role] = found.get(role, 0) + left
+        return found
+
     def carry_out(self, model: nn.Module) -> None:
         """Do to a whole copy of a model in shards, in place, what gates do to the live one: cut, or before the last update close."""
         assert self.gates is not None

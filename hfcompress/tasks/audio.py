@@ -120,6 +120,10 @@ class Samples:
             return dict(batch)
         rate = self.extractor.sampling_rate
         sounds = [resample(*read_sound(value), wanted=rate)[: int(self.max_seconds * rate)] for value in batch[name]]
+        for value, sound in zip(batch[name], sounds, strict=True):
+            if not len(sound):
+                file = value.get("path") if isinstance(value, Mapping) else None
+                raise DataError(f"{file or 'a sound'!r} has no samples, it is 0 seconds long; remove it")
         return {**batch, **dict(self.extractor(sounds, sampling_rate=rate))}
 
 

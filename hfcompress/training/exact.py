@@ -27,7 +27,7 @@ from hfcompress.hub import PushError, RouteCheck, save_probe, write_card
 from hfcompress.hub.commit import create_repo, full_name, refuse_both, require_access
 from hfcompress.hub.push import adapter_fields, push_base, send_folder, send_progress
 from hfcompress.hub.verify import PROBE_FILE, require_loadable
-from hfcompress.measurement.memory import memory_named
+from hfcompress.measurement.memory import memory_named, peak_memory_bytes
 from hfcompress.training.items import ItemCounts, count_items
 from hfcompress.training.sharded import ShardedMixin, class_of
 
@@ -275,8 +275,10 @@ class ExactTrainerMixin(ShardedMixin):
         super()._require_finite()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as Trainer does, with the mean of each loss term since the last log as loss_<term>."""
+        """Log as Trainer does, with the mean of each loss term since the last log as loss_<term>, and the most memory held so far."""
         self._require_finite_terms()
+        if "loss" in logs:
+            logs = {**logs, "peak_memory_mb": round(peak_memory_bytes(self.args.device) / 1e6)}
         steps = self.state.global_step - self._terms_since_step
         if "loss" in logs and self._term_sums and steps > 0:
             names = sorted(self._term_sums)

@@ -192,9 +192,10 @@ class PruningMixin(ExactTrainerMixin):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as Trainer does, with the sparsity reached; while gates learn, with the cost they promise and what it is to be."""
+        """Log as Trainer does, with sparsity and what is left; while gates learn, with the cost they promise and what it is to be."""
         if "loss" in logs and self.pruner is not None:
             logs = {**logs, "sparsity": round(self.pruner.sparsity(), 4)}
+            logs |= {f"{role}_left": count for role, count in self.pruner.totals().items()}
             learning = self.pruner.learning() or {}
             logs |= {name: value for name, value in learning.items() if name != "penalty"}
         super().log(logs, *args, **kwargs)

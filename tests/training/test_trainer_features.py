@@ -19,6 +19,7 @@ from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKEND
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
 import hfcompress
+from hfcompress.anatomy import find_sites
 from hfcompress.training import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer
 from tests.families import make_model
 from tests.training.scenarios import Examples, Gradients, build, checkpointing, compress, make_trainer, vector
@@ -71,6 +72,11 @@ def test_logged_terms_are_means_over_steps(tmp_path: Path) -> None:
     lines = [line for line in logs.seen if "loss" in line]
     assert [line["sparsity"] > 0 for line in lines] == [False, True, True]  # cut after step 4 of 6
     assert 0.5 <= lines[1]["sparsity"] < 0.6
+    units = {site.name: site.units for site in find_sites(trainer.model)}
+    for role, all_of_it in (("heads", 12), ("neurons", 144)):
+        left = sum(count for name, count in units.items() if name.endswith(role))
+        assert [line[f"{role}_left"] for line in lines] == [all_of_it, left, left] and left < all_of_it
+    assert all(100 < line["peak_memory_mb"] < 100_000 for line in lines)
     assert next(entry for entry in trainer.state.log_history if "loss" in entry).items() >= lines[0].items()
     for number, line in enumerate(lines[:2]):
         steps = [terms_by_hand(data.batch(*range(first, first + 4))) for first in (8 * number, 8 * number + 4)]
@@ -99,7 +105,7 @@ def test_logs_without_a_teacher_or_pruning_stay_as_they_are(tmp_path: Path) -> N
     trainer, _ = compress(tmp_path, trainer=PlainTrainer, logging_strategy="steps", logging_steps=3)
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(lines) == 2
-    assert all(set(line) == {"loss", "grad_norm", "learning_rate", "epoch", "step"} for line in lines)
+    assert all(set(line) == {"loss", "grad_norm", "learning_rate", "epoch", "step", "peak_memory_mb"} for line in lines)
 
 
 def test_evaluation_of_several_sets_with_metrics(tmp_path: Path) -> None:
