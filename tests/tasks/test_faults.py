@@ -27,7 +27,7 @@ from tests.families import make_config
 from tests.tasks.conftest import save_bert
 
 GOOD = "text,label\n" + "good film,1\nbad film,0\n" * 4
-FLOATS = "text,label\n" + "good,1.5\nbad,0.25\nfilm,0.5\n" * 10
+FLOATS = "text,label\n" + "good,1.5\nbad,0.25\nfilm,0.5\n" * 20
 
 
 def parquet(names: list[str], *columns: list[Any], types: list[Any] | None = None) -> bytes:
@@ -59,7 +59,7 @@ TEXTS: dict[str, tuple[str, str | bytes, dict[str, Any], str | None]] = {
     "one class": ("t.csv", "text,label\n" + "good,1\n" * 6, {}, "only the label '1' in all 6 rows; two or more"),
     "decimals": ("t.csv", FLOATS, {}, None),
     "decimals in few rows": ("t.csv", "text,label\ngood,1.5\nbad,0.25\n" * 1, {}, "a correlation needs 4 or more"),
-    "an infinite number": ("t.csv", FLOATS + "good,inf\n", {}, "no label in row 30"),
+    "an infinite number": ("t.csv", FLOATS + "good,inf\n", {}, "no label in row 60"),
     "a number that is none": (
         "t.jsonl",
         '{"text": "a", "label": NaN}\n' + lines({"text": "b", "label": 0.5}),
