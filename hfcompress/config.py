@@ -595,9 +595,9 @@ class QATConfig(Section):
     def _in_order(self) -> QATConfig:
         if self.first and self.end <= self.start:
             raise ValueError(f"end ({self.end}) must come after start ({self.start})")
-        if self.activations is not None and {self.format, *self.first} & {*_BITSANDBYTES}:
+        if self.activations is not None and self.format in _BITSANDBYTES:
             raise ValueError(
-                f"activations cannot be rounded beside {', '.join([*self.first, self.format])}: bitsandbytes multiplies in its own way; use a scheme such as "
+                f"activations cannot be rounded beside {self.format}: bitsandbytes multiplies in its own way; use a scheme such as "
                 "int8-channel or int4-g64"
             )
         return self
