@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file, find_adapter_config_file
 
-from hfcompress.checkpoints.damage import damage_named
+from hfcompress.anatomy import StructureError
+from hfcompress.checkpoints.damage import damage_named, require_few_layers
 
 ADAPTER_FILE = "adapter_config.json"
 # Beside the adapter, which has no config.json for the record to live in: one would pass for a model's.
@@ -53,21 +54,31 @@ def read_config(path_or_repo: str | Path, *, revision: str | None = None, token:
         ValueError: It is an adapter, and peft is not installed.
     """
     try:
-        with damage_named(path_or_repo):
-            return AutoConfig.from_pretrained(path_or_repo, revision=revision, token=token)
+        return _read_plainly(path_or_repo, revision=revision, token=token)
     except (OSError, ValueError):  # which of the two depends on the release
         base = base_of(path_or_repo, revision=revision, token=token)
         if base is None:
             raise
     require_peft()
-    with damage_named(base):
-        config = AutoConfig.from_pretrained(base, token=token)
+    config = _read_plainly(base, token=token)
     record = cached_file(
         str(path_or_repo), RECORD_FILE, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
     )
     if record is not None:
         config.hfcompress = _read_json(Path(record))
     return config
+
+
+def _read_plainly(path_or_repo: str | Path, **where: Any) -> Any:
+    with damage_named(path_or_repo):
+        values, _ = PretrainedConfig.get_config_dict(path_or_repo, **where)
+        require_few_layers(path_or_repo, values)
+        names = values.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise StructureError(
+                f"{path_or_repo}: architectures in config.json is {str(names)[:80]}, must be a list of names; save the model again"
+            )
+        return AutoConfig.from_pretrained(path_or_repo, **where)
 
 
 def _read_json(file: Path) -> Any:

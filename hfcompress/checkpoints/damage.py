@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from hfcompress.anatomy import StructureError
 
 # transformers looks at few of the values in config.json before it computes with them.
 _TRIPS = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, NotImplementedError, RecursionError)
+
+_MOST_LAYERS = 1_000
 
 
 @contextlib.contextmanager
@@ -59,6 +61,24 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def require_few_layers(source: str | Path, values: Mapping[str, Any]) -> None:
+    """Refuse a config with more layers than any model has: transformers makes lists of them as soon as it reads it.
+
+    Args:
+        source: Where it is.
+        values: The content of config.json.
+
+    Raises:
+        StructureError: There are too many.
+    """
+    for part in (values, *(inner for inner in values.values() if isinstance(inner, Mapping))):
+        for name, value in part.items():
+            if "layer" in str(name) and isinstance(value, int | float) and value > _MOST_LAYERS:
+                raise StructureError(
+                    f"{source}: {name} in config.json is {value:,}; at most {_MOST_LAYERS:,} are read; save the model again"
+                )
+
+
 def require_room(folder: Path, cls: Any, config: Any) -> None:
     """Refuse a config that asks for much more than the weights in its folder can fill, before any memory is taken for it.
 
@@ -77,7 +97,7 @@ def require_room(folder: Path, cls: Any, config: Any) -> None:
     for file in files:
         with safe_open(file, framework="pt") as opened:
             tensors += len(opened.keys())
-    layers = getattr(config, "num_hidden_layers", None) or 0
+    layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > tensors:
         raise StructureError(f"{folder}: config.json says {layers:,} layers, but there are only {tensors:,} tensors")
     with torch.device("meta"):

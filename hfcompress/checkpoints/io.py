@@ -85,14 +85,14 @@ def model_class(
         config = read_config(path_or_repo, revision=revision, token=token)
     except OSError as error:
         if Path(path_or_repo).is_dir():
-            raise
+            raise OSError(" ".join(str(error).split())) from error
         raise OSError(f"{path_or_repo} is no folder, and could not be had from the Hub: {_reason(error)}") from error
     read_steps(config)
     architectures = config.architectures if isinstance(config.architectures, list) else []
     cls = getattr(transformers, str(architectures[0]), None) if len(architectures) == 1 else None
     if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
         raise StructureError(
-            f"{path_or_repo}: config.architectures is {architectures}, which is not one class of transformers "
+            f"{path_or_repo}: config.architectures is {str(config.architectures)[:80]}, which is not one class of transformers "
             f"{transformers.__version__}; load it with the Auto class of your task"
         )
     return cls, config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,9 @@ examples:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    from hfcompress.checkpoints.io import load
-    from hfcompress.config import Recipe
-    from hfcompress.export import FORMATS, ExportedModel, export_formats
-    from hfcompress.export.families import check_exportable
+    from hfcompress.checkpoints.staging import staged_folder
+    from hfcompress.export import FORMATS
     from hfcompress.export.formats import find_format, require_packages
-    from hfcompress.export.table import BASELINE, format_exports, rows_of
-    from hfcompress.measurement import compare_latency, example_inputs, memory_bytes
-    from hfcompress.runs.examples import read_examples
 
     # What needs neither model nor data to be seen comes first.
     names = list(FORMATS) if "all" in options.format else list(dict.fromkeys(options.format))
@@ -88,6 +84,24 @@ def run(options: argparse.Namespace) -> int:
         folders = {name: Path(options.output or f"{base}-export") / name for name in names}
     for folder in folders.values():
         require_empty(folder)
+    with contextlib.ExitStack() as stack:
+        stages = {name: stack.enter_context(staged_folder(folder)) for name, folder in folders.items()}
+        print(_export(options, stages))
+    for name, folder in folders.items():
+        print(f"{folder}: {name}, needs {find_format(name).runtime} and no torch (see README.md there)")
+    return 0
+
+
+def _export(options: argparse.Namespace, folders: dict[str, Path]) -> str:
+    """Write all forms, and measure them; the table."""
+    from hfcompress.checkpoints.io import load
+    from hfcompress.config import Recipe
+    from hfcompress.export import ExportedModel, export_formats
+    from hfcompress.export.families import check_exportable
+    from hfcompress.export.table import BASELINE, format_exports, rows_of
+    from hfcompress.measurement import compare_latency, example_inputs, memory_bytes
+    from hfcompress.runs.examples import read_examples
+
     model: Any = load(options.model).float().eval()  # type: ignore[call-overload]
     check_exportable(model)
     examples = None
@@ -115,7 +129,4 @@ def run(options: argparse.Namespace) -> int:
         print("== Timing", file=sys.stderr)
         inputs = example_inputs(model, batch=options.batch, length=options.length)
         latency = compare_latency(every, inputs, rounds=options.rounds, threads=options.threads)
-    print(format_exports(rows_of(memory_bytes(model), done, metrics=metrics, latency=latency)))
-    for name, one in done.items():
-        print(f"{one.folder}: {name}, needs {one.format.runtime} and no torch (see README.md there)")
-    return 0
+    return format_exports(rows_of(memory_bytes(model), done, metrics=metrics, latency=latency))

@@ -37,11 +37,12 @@ def what_is_left(model: str, revision: str | None = None) -> tuple[Pairs, Pairs,
     import torch
 
     from hfcompress.anatomy import find_sites
+    from hfcompress.checkpoints.damage import damage_named
     from hfcompress.checkpoints.io import model_class
     from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units
 
     cls, config = model_class(model, revision=revision)
-    with torch.device("meta"):
+    with damage_named(model), torch.device("meta"):
         sites = find_sites(cls._from_config(config))
     before = {name: pair[1] for name, pair in read_units(config).items()}
     for step in read_steps(config):

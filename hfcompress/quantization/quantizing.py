@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.checkpoints.adapters import ADAPTER_FILE
+from hfcompress.checkpoints.damage import damage_named
 from hfcompress.checkpoints.io import load, model_class
 from hfcompress.checkpoints.record import add_step
 from hfcompress.quantization.presets import make_config, modules_to_skip
@@ -71,7 +72,7 @@ def quantize(
         if value != "auto" and value not in _DTYPES:
             raise ValueError(f"{name} {value!r} is not known; allowed: auto, {', '.join(_DTYPES)}")
     _check_device_map(device_map)
-    with torch.device("meta"):
+    with damage_named(path_or_repo), torch.device("meta"):
         blank = cls._from_config(config)
     leave = modules_to_skip(blank, also=skip)
     rest = _DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from hfcompress.checkpoints.damage import damage_named
 from hfcompress.checkpoints.io import load, model_class
 from hfcompress.config import DistillConfig, Recipe, RecipeError, TeacherConfig, ever_positive
 from hfcompress.distillation import (
@@ -71,7 +72,7 @@ def open_teachers(recipe: Recipe, folder: Path, student: nn.Module, args: Any, t
 def _place(name: str, student: nn.Module, args: Any, *, cached: bool, length: int | None) -> Placement:
     """Count what the run takes in each process, from configs alone, and say where the teacher goes."""
     cls, teacher_config = model_class(name)
-    with torch.device("meta"):
+    with damage_named(name), torch.device("meta"):
         teacher = cls._from_config(teacher_config)
     state = PartialState()
     plan = plan_placement(

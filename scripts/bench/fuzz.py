@@ -31,11 +31,13 @@ import traceback
 import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub.constants
+import peft
 import torch
 import transformers
 import yaml
@@ -45,6 +47,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 import hfcompress
+from hfcompress.checkpoints.adapters import RECORD_FILE
 from hfcompress.checkpoints.record import add_step
 from hfcompress.cli.main import build_parser, main
 from hfcompress.config import Recipe
@@ -261,7 +264,7 @@ def changed(draw: Any, valid: Any) -> Any:
             inner = inner[key]
         old = inner[path[-1]] if path else value
         how = draw(st.sampled_from(["value", "related", "gone"]))
-        new = draw(VALUES) if how == "value" else draw(st.sampled_from(related(old)))
+        new = copy.deepcopy(draw(VALUES) if how == "value" else draw(st.sampled_from(related(old))))
         if not path:
             value = new
         elif how == "gone":
@@ -279,7 +282,8 @@ def damaged(draw: Any, content: bytes) -> bytes:
     if how == "cut":
         return content[:at]
     if how == "flip":
-        return content[:at] + draw(st.binary(min_size=1, max_size=16)) + content[at + 16 :]
+        other = draw(st.binary(min_size=1, max_size=16))[: len(content) - at]
+        return content[:at] + other + content[at + len(other) :]
     if how == "longer":
         return content + content[at:]
     if how == "middle":
@@ -349,6 +353,9 @@ class Material:
         tokenizer.save_pretrained(self.home / "pruned")
         save_probe(model, self.home / "pruned")
         quantize_folder(str(self.home / "pruned"), self.home / "packed", "int4")
+        adapted: Any = hfcompress.load(self.home / "pruned")
+        adapted.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]))
+        adapted.save_pretrained(self.home / "adapter")
 
     def place(self) -> Path:
         """An empty folder for the next case; what the last one wrote beside the material is gone."""
@@ -362,6 +369,26 @@ class Material:
     def copy(self, name: str) -> Path:
         """A copy of one of the folders, to be changed."""
         return Path(shutil.copytree(self.home / name, self.place() / name))
+
+
+SUCCEEDED = [0]  # calls and commands, since this was set
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of cases of one kind.
+
+    Attributes:
+        n: How many there were.
+        succeeded: Calls and commands that ended well; all others were refused.
+        faults: What was wrong, and how often.
+        longest_s: Of a case.
+    """
+
+    n: int
+    succeeded: int
+    faults: dict[str, int]
+    longest_s: float
 
 
 def one_line(error: BaseException) -> str | None:
@@ -380,6 +407,7 @@ def call(function: Callable[[], Any]) -> str | None:
             function()
         except Exception as error:  # noqa: BLE001  what may come is what is looked for
             return one_line(error)
+    SUCCEEDED[0] += 1
     return None
 
 
@@ -397,6 +425,7 @@ def command(material: Material, *arguments: str, output: str | None = None) -> s
     said = [line for line in err.getvalue().splitlines() if line.startswith("hfcompress")]
     new = {name for name, size in files_in(material).items() if before.get(name) != size}
     if status == 0:
+        SUCCEEDED[0] += 1
         inside = (output or "").rstrip("/") + "/"
         strange = {name for name in new if not ((name + "/").startswith(inside) or inside.startswith(name + "/"))}
         return f"written elsewhere: {sorted(strange)[:3]}" if strange else unloadable(output)
@@ -477,8 +506,14 @@ def record(draw: Any, material: Material) -> str | None:
     else:
         config = draw(changed(config))
     (folder / "config.json").write_text(json.dumps(config))
-    if draw(st.integers(0, 3)) == 0:
+    how = draw(st.sampled_from(["load", "load", "load", "inspect", "quantize", "student"]))
+    output = str(material.scratch / "out")
+    if how == "inspect":
         return command(material, "inspect", str(folder), "--json")
+    if how == "quantize":
+        return command(material, "quantize", str(folder), "--preset", "int8", "--output", output, output=output)
+    if how == "student":
+        return command(material, "student", str(folder), output, "--neurons", "4", output=output)
     return call(lambda: hfcompress.load(folder)) or call(lambda: write_card(folder))
 
 
@@ -525,19 +560,15 @@ def cache(draw: Any, material: Material) -> str | None:
 
 
 def adapters(draw: Any, material: Material) -> str | None:
-    folder = material.place() / "adapter"
-    folder.mkdir()
-    config = {
-        "base_model_name_or_path": str(material.home / "pruned"),
-        "peft_type": "LORA",
-        "r": 4,
-        "target_modules": ["query"],
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(draw(changed(config))))
+    folder = material.copy("adapter")
+    file = folder / draw(st.sampled_from(["adapter_config.json", "adapter_config.json", "adapter_model.safetensors"]))
+    content = file.read_bytes()
+    if file.suffix == ".safetensors":
+        file.write_bytes(draw(damaged_weights(content)))
+    else:
+        file.write_text(json.dumps(draw(changed(json.loads(content)))))
     if draw(st.booleans()):
-        (folder / "hfcompress_record.json").write_text(
-            json.dumps(draw(changed({"version": 1, "units": {}, "steps": []})))
-        )
+        (folder / RECORD_FILE).write_text(json.dumps(draw(changed({"version": 1, "units": {}, "steps": []}))))
     return call(lambda: hfcompress.load(folder))
 
 
@@ -743,11 +774,11 @@ def prepared_only(run: Run) -> None:
         shutil.rmtree(run.output, ignore_errors=True)  # a run's folder may be half full: it goes on from there
 
 
-def search(kind: str, material: Material, *, cases: int, random_seed: int) -> tuple[int, dict[str, int], float]:
-    """Cases of one kind; how many there were, what was wrong with some, and the longest time in seconds."""
+def search(kind: str, material: Material, *, cases: int, random_seed: int) -> Found:
+    """Cases of one kind."""
     function = KINDS[kind][0]
     problems: collections.Counter[str] = collections.Counter()
-    count, longest = 0, 0.0
+    count, longest, SUCCEEDED[0] = 0, 0.0, 0
 
     @seed(random_seed)
     @settings(
@@ -770,21 +801,24 @@ def search(kind: str, material: Material, *, cases: int, random_seed: int) -> tu
             problems[problem] += 1
 
     case()
-    return count, dict(problems), longest
+    return Found(count, SUCCEEDED[0], dict(problems), round(longest, 2))
 
 
-def fuzz(
-    *, cases: int, random_seed: int, kinds: list[str] | None = None
-) -> dict[str, tuple[int, dict[str, int], float]]:
+def fuzz(*, cases: int, random_seed: int, kinds: list[str] | None = None) -> dict[str, Found]:
     """Cases of all kinds, in their shares."""
+    found = {}
     with tempfile.TemporaryDirectory() as name:
         home = Path(name).resolve()
         with quiet_and_offline(home):
             material = Material(home)
-            return {
-                kind: search(kind, material, cases=max(1, round(cases * KINDS[kind][1])), random_seed=random_seed)
-                for kind in kinds or KINDS
-            }
+            for kind in kinds or KINDS:
+                part = max(1, round(cases * KINDS[kind][1]))
+                found[kind] = one = search(kind, material, cases=part, random_seed=random_seed)
+                said = f"{kind}: {one.n} cases, {one.succeeded} calls succeeded, {sum(one.faults.values())} faults"
+                print(f"{said}, at most {one.longest_s:.1f} s", flush=True)
+                for fault, times in one.faults.items():
+                    print(f"  {times} x {fault}", flush=True)
+    return found
 
 
 def run() -> int:
@@ -796,12 +830,8 @@ def run() -> int:
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()
     found = fuzz(cases=options.cases, random_seed=options.seed, kinds=options.kinds)
-    for kind, (count, problems, longest) in found.items():
-        print(f"{kind}: {count} cases, {sum(problems.values())} faults, at most {longest:.1f} s")
-        for problem, times in problems.items():
-            print(f"  {times} x {problem}")
-    faults = sum(sum(problems.values()) for _, problems, _ in found.values())
-    total = sum(count for count, _, _ in found.values())
+    faults = sum(sum(one.faults.values()) for one in found.values())
+    total = sum(one.n for one in found.values())
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     figures = {
         "cases": {"value": total, "unit": "cases", "goal": ">= 5000", "met": total >= 5000, "spread": None},
@@ -811,7 +841,7 @@ def run() -> int:
         "command": " ".join(["python", "scripts/bench/fuzz.py", *sys.argv[1:]]),
         **provenance(seed=options.seed),
         "device": {"cpu": device_name("cpu"), "threads": torch.get_num_threads(), "gpu": None},
-        "kinds": {kind: {"n": count, "longest_s": round(longest, 2)} for kind, (count, _, longest) in found.items()},
+        "kinds": {kind: asdict(one) for kind, one in found.items()},
         "figures": figures,
         "wall_s": round(time.perf_counter() - started, 1),
         "peak_memory_bytes": peak_bytes,

@@ -166,7 +166,7 @@ def _broken_files(folder):
     [
         ("none.csv", "data.train: '.*none.csv' is neither a file nor a folder"),
         ("quote.csv", "data.train: quote.csv cannot be read: .*EOF inside string"),
-        ("empty.csv", "data.train: empty.csv cannot be read: No columns"),
+        ("empty.csv", "data.train: empty.csv has no rows"),
         ("header.csv", "header.csv has no rows"),
         ("latin.csv", "latin.csv is not in UTF-8"),
         ("cut.json", "data.train: cut.json cannot be read: "),
