@@ -16,7 +16,7 @@ from hfcompress.checkpoints.hashes import CARD_FILE, with_hashes
 from hfcompress.hub.card import write_card
 from hfcompress.hub.commit import PushError, full_name, refuse_both, require_access, send_commit
 from hfcompress.hub.contract import require_contract
-from hfcompress.hub.verify import require_loadable
+from hfcompress.hub.verify import require_loadable, require_saved
 
 __all__ = ["PushError", "push_folder", "send_folder"]
 
@@ -72,6 +72,7 @@ def push_folder(
         FileNotFoundError: There is no such folder.
     """
     refuse_both(revision, create_pr)
+    require_saved(folder)
     folder, repo = Path(folder), full_name(repo, token)
     require_contract(folder)
     require_access(repo, create_pr=create_pr, token=token)

@@ -131,6 +131,16 @@ def _quantization(config: Any, name: str) -> Any:
     return settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
 
 
+def require_saved(folder: str | Path) -> None:
+    """Refuse a folder that holds neither a model nor an adapter, without loading anything.
+
+    Raises:
+        FileNotFoundError: It does not.
+    """
+    if not (Path(folder) / "config.json").is_file() and not _is_adapter(Path(folder)):
+        raise FileNotFoundError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
+
+
 def verify_folder(
     folder: str | Path, *, routes: Sequence[str] | None = None, timeout_s: float = 900
 ) -> list[RouteCheck]:
@@ -148,8 +158,7 @@ def verify_folder(
         OSError: There is no such folder, or nothing in it can be loaded.
     """
     folder = Path(folder).resolve()
-    if not (folder / "config.json").is_file() and not _is_adapter(folder):
-        raise FileNotFoundError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
+    require_saved(folder)
     if not (folder / PROBE_FILE).is_file():
         save_probe(load(folder), folder)
     routes = routes_of(folder) if routes is None else routes

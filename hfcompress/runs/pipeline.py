@@ -26,6 +26,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from hfcompress.checkpoints.adapters import read_config
+from hfcompress.checkpoints.damage import damage_named
 from hfcompress.checkpoints.io import load
 from hfcompress.config import (
     AssistantConfig,
@@ -218,7 +219,7 @@ class Run:
         teacher_labels = None
         named = self._named_teacher()
         if named is not None and recipe.model is not None:
-            names = transformers.AutoConfig.from_pretrained(named).id2label
+            names = read_config(named).id2label
             teacher_labels = [names[number] for number in sorted(names)]
         return prepare(
             self.data,
@@ -247,7 +248,8 @@ class Run:
         folder = self.output / TEACHER
         cls = getattr(transformers, task.auto_class)
         if named is not None:
-            teacher = cls.from_pretrained(named, dtype=torch.float32)
+            with damage_named(named):
+                teacher = cls.from_pretrained(named, dtype=torch.float32)
             if not Path(named).is_dir() and self.state.is_main_process:
                 teacher.save_pretrained(folder)  # measured from disk like every other model
                 copy_processor(named, folder)
@@ -255,7 +257,8 @@ class Run:
         assert self.recipe.model is not None
         if self._is_done(TEACHER):
             logger.info("the teacher in %s is there already", folder)
-            return self._named(cls.from_pretrained(folder, dtype=torch.float32))
+            with damage_named(folder):
+                return self._named(cls.from_pretrained(folder, dtype=torch.float32))
         if not task.label_columns:
             self._say(f"{self.recipe.model.name} is the teacher as it is: the task has no labels to fine-tune it on")
             return self._named(self._keep(TEACHER, task, self._start(task)))
@@ -278,13 +281,14 @@ class Run:
         """The recipe's model with the task's head."""
         assert self.recipe.model is not None
         transformers.set_seed(self.recipe.seed)  # the head is initialised at random
-        return getattr(transformers, task.auto_class).from_pretrained(
-            self.recipe.model.name,
-            revision=self.recipe.model.revision,
-            trust_remote_code=self.recipe.model.trust_remote_code,
-            dtype=torch.float32,
-            **task.model_kwargs,
-        )
+        with damage_named(self.recipe.model.name):
+            return getattr(transformers, task.auto_class).from_pretrained(
+                self.recipe.model.name,
+                revision=self.recipe.model.revision,
+                trust_remote_code=self.recipe.model.trust_remote_code,
+                dtype=torch.float32,
+                **task.model_kwargs,
+            )
 
     def make_student(self, task: PreparedTask, teacher: nn.Module) -> nn.Module:
         """The compressed model: starts from the teacher's weights, or from the recipe's model if both are named."""

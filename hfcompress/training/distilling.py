@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from hfcompress.checkpoints.damage import damage_named
 from hfcompress.checkpoints.record import add_step
 from hfcompress.config import DistillConfig, Recipe, ever_positive, value_at
 from hfcompress.distillation import (
@@ -170,7 +171,7 @@ class DistillationMixin(ExactTrainerMixin):
         if isinstance(teacher, str | os.PathLike):
             if (Path(teacher) / MANIFEST_FILE).is_file():
                 return CachedTeacher(teacher)
-            with loading_whole():
+            with loading_whole(), damage_named(str(teacher)):
                 teacher = class_of(student).from_pretrained(teacher, use_safetensors=True)
         if isinstance(teacher, list | tuple):
             return Ensemble([self._as_teacher(one, student) for one in teacher])

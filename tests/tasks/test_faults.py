@@ -279,3 +279,24 @@ def test_a_run_says_it_in_one_line(tmp_path: Path, bert: str, capsys: pytest.Cap
         assert [path.name for path in (folder / "run").iterdir()] == ["recipe.yaml"]
         cases += 1
     assert cases == 5
+
+
+def test_a_run_of_a_damaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Path(save_bert(tmp_path / "model", names=["0", "1"]))
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    recipe: dict[str, Any] = {
+        "task": "text-classification",
+        "data": {"train": write(tmp_path / "t.csv", GOOD)},
+        "distill": {},
+    }
+    for number, named in enumerate(({"model": {"name": str(model)}}, {"teacher": {"name": str(model)}})):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(json.dumps({**recipe, **named, "output": str(tmp_path / f"run-{number}")}))
+        capsys.readouterr()
+        assert main(["run", str(file)]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert (
+            line.startswith(f"hfcompress: {model}: its weights are damaged") and "fetch or save the model again" in line
+        )
+        assert [path.name for path in (tmp_path / f"run-{number}").iterdir()] == ["recipe.yaml"]

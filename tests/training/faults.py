@@ -65,6 +65,7 @@ class KilledWhileSaving(CompressionTrainer):
 def main() -> int:
     folder, fault, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     transformers.logging.set_verbosity_error()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     options = dict(OPTIONS)
