@@ -188,8 +188,11 @@ def survived(options: argparse.Namespace, folder: Path, *, processes: int, kills
             killed, trained_s = go(
                 options, place, processes, generator.uniform(0.0, length_s) if again and times < 4 else None
             )
-            if not killed:
+            if not killed and times:
                 break
+            if not killed:  # it was over before its moment came
+                shutil.rmtree(place)
+                continue
             times += 1
             saving += (place / STAGING_FOLDER).is_dir()
             print(
