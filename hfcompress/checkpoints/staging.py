@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-# How the libraries in Rust, which know no classes of errors, say that writing failed.
+# How torch and the libraries in Rust, which know no classes of errors, say that writing failed.
 _OS_ERROR = re.compile(r"([\w ]+) \(os error \d+\)")
+_TORCH = ("PytorchStreamWriter", "unexpected pos")
 
 
 class OutputError(OSError):
@@ -109,7 +110,7 @@ def _staged(target: str | Path, final: Path) -> Iterator[Path]:
     try:
         yield aside / final.name
     except Exception as error:
-        reason = _reason(error)
+        reason = disk_reason(error)
         if reason is None:
             raise
         free = shutil.disk_usage(place).free / 1e6
@@ -120,9 +121,16 @@ def _staged(target: str | Path, final: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _reason(error: Exception) -> str | None:
-    """Why the disk did not take something; None if the error is of another kind."""
+def disk_reason(error: Exception) -> str | None:
+    """Why the disk did not take something; None if the error is of another kind.
+
+    Example:
+        >>> disk_reason(OSError(errno.ENOSPC, "here")), disk_reason(ValueError("no"))
+        ('No space left on device', None)
+    """
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in _DISK else None
     found = _OS_ERROR.search(str(error))
-    return found[1].strip() if found else None
+    if found:
+        return found[1].strip()
+    return "torch could not write a file" if any(word in str(error) for word in _TORCH) else None

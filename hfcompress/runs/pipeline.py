@@ -66,7 +66,6 @@ from hfcompress.training import (
     Seq2SeqDistillationTrainer,
     Seq2SeqPlainTrainer,
 )
-from hfcompress.training.checkpoints import last_checkpoint
 from hfcompress.training.pruning import goal_folder
 from hfcompress.training.sharded import digest, loading_whole
 
@@ -375,7 +374,7 @@ class Run:
         }
         with loading_whole():
             trainer = make(args, common)
-        last = last_checkpoint(checkpoints)
+        last = trainer.find_checkpoint()
         if last is not None:
             self._say(f"Going on from {last}")
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -477,19 +476,23 @@ class Run:
         assert config is not None
         if self.state.is_main_process and not self._is_done(target.name):
             self._say(f"Quantizing with {preset}")
-            if not config.by_bitsandbytes(preset):
+            if config.by_bitsandbytes(preset):
+                self._quantize_by_bitsandbytes(folder, preset, target, config, around)
+            else:
                 self._round(folder, preset, target, config)
-                self._mark_done(target.name)
-        if self.state.is_main_process and not self._is_done(target.name):
-            model = quantize(folder, preset, **config.settings_of(preset))
-            if around is not None:
-                full = load(folder, device_map=own_device_map())
-                refit_weights(model, full, rank=around.rank, iterations=around.iterations, targets=around.targets)
-            model.save_pretrained(target)  # type: ignore[operator]
-            save_probe(model, target)
-            copy_processor(folder, target)
             self._mark_done(target.name)
         self.state.wait_for_everyone()
+
+    def _quantize_by_bitsandbytes(
+        self, folder: Path, preset: str, target: Path, config: QuantizeConfig, around: RecoverConfig | None
+    ) -> None:
+        model = quantize(folder, preset, **config.settings_of(preset))
+        if around is not None:
+            full = load(folder, device_map=own_device_map())
+            refit_weights(model, full, rank=around.rank, iterations=around.iterations, targets=around.targets)
+        model.save_pretrained(target)  # type: ignore[operator]
+        save_probe(model, target)
+        copy_processor(folder, target)
 
     def _round(self, folder: Path, preset: str, target: Path, config: QuantizeConfig) -> None:
         """Write a variant whose weights hfcompress rounds; stopped, it goes on with the layers that are done."""

@@ -102,21 +102,16 @@ class QATMixin(ExactTrainerMixin):
     def _calibrate_inputs(self) -> None:
         """Find the first ranges on training examples, the same ones on all processes."""
         assert self.qat is not None and self.qat.activations is not None
-        if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
-            raise ValueError(
-                "qat.activations finds its first ranges on examples by number, which a streamed dataset does not have; leave it out"
-            )
-        dataset, collate = self._examples("calibration")
-        generator = torch.Generator().manual_seed(self.args.seed)
-        chosen = torch.randperm(len(dataset), generator=generator)[: self.qat.activations.samples].tolist()
-        batch = max(1, self.args.per_device_eval_batch_size)
+        batches = self._example_batches(
+            self.qat.activations.samples, own_part=False, what="qat.activations", instead="use whole activations"
+        )
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        for start in range(0, len(chosen), batch):
-            inputs = self._prepare_inputs(collate([dataset[index] for index in chosen[start : start + batch]]))
+        for batch in batches:
+            inputs = student_inputs(self._prepare_inputs(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
-                model(**student_inputs(inputs))
+                model(**inputs)
         model.train(was_training)
         for one in input_ranges(model).values():
             one.start()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -23,13 +24,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 import hfcompress
 from hfcompress.checkpoints.adapters import save_record
+from hfcompress.checkpoints.staging import disk_reason
 from hfcompress.distillation.teachers import without_adapters
 from hfcompress.training.checkpoints import (
     SEAL_FILE,
     STAGING_FOLDER,
     CheckpointError,
     add_checksums,
-    free_bytes,
     last_checkpoint,
     read_seal,
     require_same_run,
@@ -81,6 +82,7 @@ class CheckpointingMixin(_TrainerBase):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._staging = False
+        self._found: str | None = None  # the checkpoint that was found, and read, last
         self._checksums: threading.Thread | None = None
         self._interrupt = Interrupt()
         super().__init__(*args, **kwargs)
@@ -125,14 +127,14 @@ class CheckpointingMixin(_TrainerBase):
         """
         resume: str | bool | None = resume_from_checkpoint
         if resume is True:
-            found = last_checkpoint(str(self.args.output_dir))
-            if found is None:
+            resume = self.find_checkpoint()
+            if resume is None:
                 raise CheckpointError(
                     f"{self.args.output_dir} holds no checkpoint that is whole; leave out resume_from_checkpoint to begin anew"
                 )
-            resume = str(found)
         if resume:
-            facts = read_seal(resume, contents=self.args.local_process_index == 0)
+            unread = resume != self._found and self.args.local_process_index == 0
+            facts = read_seal(resume, contents=unread)
             require_same_run(Path(resume).name, facts, self._run_facts())
             self._say_what_changed(Path(resume), facts)
         if self.args.should_save:
@@ -142,6 +144,15 @@ class CheckpointingMixin(_TrainerBase):
                 return super().train(resume, *args, **kwargs)
             finally:
                 self._finish_checksums()
+
+    def find_checkpoint(self) -> str | None:
+        """The last checkpoint in `output_dir` that is whole, the same on all processes; None if there is none."""
+        found: list[str | None] = [None]
+        if self.args.process_index == 0:
+            last = last_checkpoint(str(self.args.output_dir))
+            found = [None if last is None else str(last)]
+        self._found = broadcast_object_list(found)[0]
+        return self._found
 
     def _say_what_changed(self, folder: Path, facts: dict[str, Any]) -> None:
         """Warn about what makes the rest of the run another one than it would have been."""
@@ -183,9 +194,10 @@ class CheckpointingMixin(_TrainerBase):
             self._note_best(run)
             self._put_in_place(run / STAGING_FOLDER / name, run / name)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not _is_of_the_disk(error):
+            reason = disk_reason(error) or (error.strerror if isinstance(error, OSError) else None)
+            if reason is None:
                 raise
-            raise CheckpointError(_cannot_write(run, name, error)) from error
+            raise CheckpointError(_cannot_write(run, name, reason)) from error
         finally:
             self._staging = False
             if self.args.should_save:
@@ -277,19 +289,12 @@ class CheckpointingMixin(_TrainerBase):
         load_weights(self.model, best)
 
 
-def _is_of_the_disk(error: Exception) -> bool:
-    """Whether writing failed: torch and safetensors have no class for that."""
-    text = str(error)
-    return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in text or "unexpected pos" in text
-
-
-def _cannot_write(run: Path, name: str, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    free = free_bytes(run)
+def _cannot_write(run: Path, name: str, reason: str) -> str:
+    place = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free / 1e6
     left = last_checkpoint(run)
     kept = f"the last good checkpoint is {left.name}" if left is not None else "there is no earlier checkpoint"
-    space = "" if free is None else f", {free / 1e6:,.0f} MB are free there"
-    return f"{name} could not be written to {run}: {reason}{space}; {kept}; make room and start again to go on from it"
+    return f"{name} could not be written to {run}: {reason}, {free:,.0f} MB are free there; {kept}; make room and start again to go on from it"
 
 
 class Interrupt:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -188,12 +187,3 @@ def _difference(was: Any, is_now: Any, place: str = "") -> tuple[str, Any, Any] 
 def _said(value: Any) -> str:
     text = "not there" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def free_bytes(folder: Path) -> int | None:
-    """What is free where a folder is; None where the system does not say."""
-    try:
-        found = os.statvfs(folder)
-    except (OSError, AttributeError):
-        return None
-    return found.f_bavail * found.f_frsize

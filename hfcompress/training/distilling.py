@@ -149,10 +149,12 @@ class DistillationMixin(ExactTrainerMixin):
     def _place_teacher(self) -> None:
         """Once per process beside the student; in shards like the student, if parameters are in shards and it is large."""
         assert self.teacher is not None
+        own = self.teacher.shares_weights or isinstance(self.teacher, AverageTeacher)
+        if self.teacher.models and not own:
+            self._teacher_digest = _digest(self.teacher.models)
         if isinstance(self.teacher, AverageTeacher | CachedTeacher) or self.sharding not in ("zero3", "fsdp"):
             self.teacher.to(self.args.device)
             return
-        self._teacher_digest = _digest(self.teacher.models)
         if not place_teacher(self.teacher.models, self):
             self.teacher.to(self.args.device)
 
@@ -378,10 +380,7 @@ class DistillationMixin(ExactTrainerMixin):
             comparison.match_again(distances)
 
     def _run_facts(self) -> dict[str, Any]:
-        own = self.teacher is None or self.teacher.shares_weights or isinstance(self.teacher, AverageTeacher)
-        models = [] if self.teacher is None or own else self.teacher.models
-        teacher = (self._teacher_digest or _digest(models)) if models else None
-        return super()._run_facts() | {"teacher": teacher}
+        return super()._run_facts() | {"teacher": self._teacher_digest}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._resumed_from = resume_from_checkpoint

@@ -159,6 +159,25 @@ class ExactTrainerMixin(ShardedMixin):
             f"{steps}; try {less} and {steps * -(-batch // less)})"
         )
 
+    def _example_batches(self, samples: int, *, own_part: bool, what: str, instead: str) -> list[Any]:
+        """Batches of training examples, long with long: a random choice by seed, of which each process has its part, or all have all.
+
+        Raises:
+            ValueError: `what` needs examples that the dataset cannot give; `instead` says what to do.
+        """
+        if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
+            raise ValueError(
+                f"{what} looks at examples by number, which a streamed dataset does not have; {instead}, or a dataset with a length"
+            )
+        total = len(self.train_dataset)  # type: ignore[arg-type]
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(self.args.seed))[:samples].tolist()
+        if own_part:
+            chosen = chosen[self.args.process_index :: self.args.world_size] or chosen[:1]
+        dataset, collate = self._examples("calibration")
+        examples = sorted((dataset[index] for index in chosen), key=_size)
+        batch = max(1, self.args.per_device_eval_batch_size)
+        return [collate(examples[start : start + batch]) for start in range(0, len(examples), batch)]
+
     # ---- loss ----
 
     @property
@@ -448,3 +467,9 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def _size(example: Any) -> int:
+    """Length of a text, for batches with little padding."""
+    ids = example.get("input_ids") if hasattr(example, "get") else None
+    return len(ids) if ids is not None else 0

@@ -125,22 +125,15 @@ class PruningMixin(ExactTrainerMixin):
         return facts, safetensors.torch.load_file(folder / TENSORS_FILE)
 
     def _calibration_batches(self) -> list[Any]:
-        """The training examples that criteria and repair look at: a random choice by seed, this process's part, long with long."""
-        assert self.prune is not None and self.train_dataset is not None
-        if not hasattr(self.train_dataset, "__len__"):
-            raise ValueError(
-                f"the criterion {self.prune.criterion.name} looks at examples by number, which a streamed dataset does not have; "
-                "use first_order with repair: false, or a dataset with a length"
-            )
-        total = len(self.train_dataset)  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(self.args.seed)
-        chosen = torch.randperm(total, generator=generator)[: self.prune.criterion.samples].tolist()
-        mine = chosen[self.args.process_index :: self.args.world_size] or chosen[:1]
-        dataset, collate = self._examples("calibration")
-        examples = sorted((dataset[index] for index in mine), key=_size)
-        batch = max(1, self.args.per_device_eval_batch_size)
-        groups = [examples[start : start + batch] for start in range(0, len(examples), batch)]
-        return [collate(group) for group in groups]
+        """The training examples that criteria and repair look at: this process's part of them."""
+        assert self.prune is not None
+        criterion = self.prune.criterion
+        return self._example_batches(
+            criterion.samples,
+            own_part=True,
+            what=f"the criterion {criterion.name}",
+            instead="use first_order with repair: false",
+        )
 
     def _prune_if_due(self, step: int) -> None:
         if self.pruner is None or self.pruner.done:
@@ -289,12 +282,6 @@ def goal_folder(quantity: str, goal: float) -> str:
         ('latency-ms-12.5', 'speedup-2')
     """
     return f"{quantity.replace('_', '-')}-{goal:g}"
-
-
-def _size(example: Any) -> int:
-    """Length of a text, for batches with little padding."""
-    ids = example.get("input_ids") if hasattr(example, "get") else None
-    return len(ids) if ids is not None else 0
 
 
 def _once(function: Callable[[], Any]) -> Any:
