@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
     command = command_line(["hfcompress", "run", options.recipe, *options.overrides])
     run = Run(recipe, command=command, restart=options.restart)
     rows = run.run()
+    run.state.destroy_process_group()
     if rows is None:
         return 0
     student = run.output / "student"
