@@ -386,8 +386,27 @@ class Run:
             self._collect_goals(checkpoints)
         self._require_agreement(trainer)
         model = self._trained_model(name, trainer)
+        if name == STUDENT and self._stored_dtype() is not None:
+            if self.state.is_main_process:
+                self._store_like_the_teacher(self.output / name)
+            self.state.wait_for_everyone()
+            model = load(self.output / name)
         self._finish(name, model)
         return model
+
+    def _stored_dtype(self) -> torch.dtype | None:
+        """The 16 bits in which the teacher came that the student was made from; None if there are no such."""
+        named = self._named_teacher()
+        if named is None or self.recipe.model is not None or self.recipe.qat is not None:
+            return None
+        dtype = read_config(named).dtype
+        return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+    def _store_like_the_teacher(self, folder: Path) -> None:
+        """Training needs 32 bits; a file of them would be twice as large as the teacher's, and compared with it unfairly."""
+        dtype = self._stored_dtype()
+        if dtype is not None:
+            load(folder, dtype=dtype).save_pretrained(folder)  # type: ignore[operator]
 
     def _arguments(self, task: PreparedTask, output: Path, settings: dict[str, Any], section: str) -> Any:
         """The training arguments of a stage, with what the task asks for.
@@ -432,6 +451,7 @@ class Run:
             if left.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.move(left, folder)
+                self._store_like_the_teacher(folder)
                 save_probe(load(folder), folder)
                 self._mark_done(folder.name)
 

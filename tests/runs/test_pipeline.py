@@ -11,6 +11,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 import transformers
 from huggingface_hub import ModelCard
 
@@ -379,6 +381,35 @@ def test_any_of_the_sections_makes_a_student(changes, name, finished, material, 
     student = hfcompress.load(tmp_path / "run" / "student")
     assert bool(read_units(student.config)) is (name == "pruned")
     assert (getattr(student, "quantization_method", None) == "hfcompress") is ("qat" in changes)
+
+
+def test_a_student_is_stored_in_the_bits_of_its_teacher(finished, material, tmp_path, monkeypatch):
+    """Trained in float32; in its folder are the same numbers in 16 bits, half the bytes."""
+    done, _ = finished
+    narrow = tmp_path / "narrow"
+    shutil.copytree(done / "teacher", narrow)
+    hfcompress.load(narrow, dtype=torch.bfloat16).save_pretrained(narrow)
+    trained, cls = [], pipeline.CompressionTrainer
+    monkeypatch.setattr(pipeline, "CompressionTrainer", lambda *a, **k: trained.append(cls(*a, **k)) or trained[-1])
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    target = {"sparsity": [0.3, 0.5]}
+    recipe = recipe_for(
+        material,
+        tmp_path / "run",
+        model=None,
+        teacher={"name": str(narrow)},
+        quantize=None,
+        prune={**BASE["prune"], "target": target},
+    )
+    run = Run(recipe, command="x")
+    model = run.make_student(run.prepare(), run.make_teacher(run.prepare()))
+    assert {p.dtype for p in trained[0].model.parameters()} == {torch.float32}
+    assert model.dtype == torch.bfloat16
+    expected = {name: p.to(torch.bfloat16) for name, p in trained[0].model.state_dict().items()}
+    saved = safetensors.torch.load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert len(saved) > 20 and all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert {folder.name for folder in (tmp_path / "run").glob("student-sparsity*")} == {"student-sparsity-0.3"}
+    assert hfcompress.load(tmp_path / "run" / "student-sparsity-0.3").dtype == torch.bfloat16
 
 
 def test_a_teacher_on_the_hub_is_quantized_with_its_tokenizer(finished, material, tmp_path, local_hub, monkeypatch):
