@@ -179,7 +179,7 @@ class Pruner:
         self._fixed = False  # whether the plan of learned gates was carried out
         self._dense = dense_parameters(model)
         self._timed = {layer: layer for layer in self.budget.costs.fixed}  # present names to those of the stopwatch
-        self._droppable = self._find_droppable()
+        self._droppable = self._find_droppable(after_a_cut=budget is not None)
         self._permitted = self._uniform_counts() if config.uniform else None
         # What cannot be reached is said now, not after most of the training.
         flat = {site.name: Curve.from_scores(torch.zeros(site.units)) for site in self.sites}
@@ -199,18 +199,18 @@ class Pruner:
             return None
         return self._once(lambda: _Unshared(Stopwatch(self.model, self.config.target, measure=self._measure))).value
 
-    def _find_droppable(self) -> set[str]:
+    def _find_droppable(self, *, after_a_cut: bool = False) -> set[str]:
         """The layers that may go, as the model is now.
 
         Raises:
-            StructureError: There are none, and nothing else may go.
+            StructureError: There are none from the beginning, and nothing else may go.
         """
         if "layers" not in self.config.units:
             return set()
         try:
             return droppable_layers(self.model)
         except StructureError as error:
-            if self.config.units == ["layers"]:
+            if self.config.units == ["layers"] and not after_a_cut:
                 raise
             logger.info("no layer can be dropped: %s", error)
             return set()
@@ -576,7 +576,7 @@ class Pruner:
         self.budget = self.budget.without_layers(names)
         fresh = {names[layer]: timed for layer, timed in self._timed.items()}
         self._timed = {layer: timed for layer, timed in fresh.items() if layer is not None}
-        self._droppable = self._find_droppable()
+        self._droppable = self._find_droppable(after_a_cut=True)
         self.original = rename_sites(self.original, names)
         self._importance = rename_sites(self._importance, names)
 

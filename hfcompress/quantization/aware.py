@@ -176,26 +176,29 @@ def make_aware(model: nn.Module, formats: Mapping[str, str | None]) -> None:
         module.form = form
 
 
+def aware_layers(model: nn.Module) -> dict[str, AwareLinear | AwareConv1D]:
+    """The layers of a model that `make_aware` changed, by their present names: those of layers that followed a dropped one change."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AwareLinear | AwareConv1D)}
+
+
 def input_ranges(model: nn.Module) -> dict[str, InputRange]:
     """The ranges of the aware layers that have one, by name of the layer."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, AwareLinear | AwareConv1D)}
-    return {name: layer.inputs for name, layer in layers.items() if layer.inputs is not None}
+    return {name: layer.inputs for name, layer in aware_layers(model).items() if layer.inputs is not None}
 
 
 def round_aware(model: nn.Module) -> dict[str, Rounded]:
     """What the aware layers of a model multiply with, by name; they become plain layers with these weights, in place."""
     plain = {aware: kind for kind, aware in _AWARE.items()}
     rounded = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AwareLinear | AwareConv1D):
-            form = module.form
-            del module.form
-            module.__dict__.pop("inputs", None)
-            module.__class__ = plain[type(module)]
-            if form is None or module.weight.numel() == 0:
-                continue
-            weight = linear_weight(module).float()
-            grid = form.fit(weight, fit=training_fit(form))
-            rounded[name] = Rounded(form, grid, grid.encode(weight))
-            set_linear_weight(module, rounded[name].weight())
+    for name, module in aware_layers(model).items():
+        form = module.form
+        del module.form
+        module.__dict__.pop("inputs", None)
+        module.__class__ = plain[type(module)]
+        if form is None or module.weight.numel() == 0:
+            continue
+        weight = linear_weight(module).float()
+        grid = form.fit(weight, fit=training_fit(form))
+        rounded[name] = Rounded(form, grid, grid.encode(weight))
+        set_linear_weight(module, rounded[name].weight())
     return rounded

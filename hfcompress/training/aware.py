@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hfcompress.config import QATConfig, Recipe
 from hfcompress.distillation.teachers import student_inputs
-from hfcompress.quantization.aware import InputRange, input_ranges, make_aware, round_aware
+from hfcompress.quantization.aware import InputRange, aware_layers, input_ranges, make_aware, round_aware
 from hfcompress.quantization.formats import format_of
 from hfcompress.quantization.layers import layers_to_quantize, note_step, put_rounded
 from hfcompress.training.exact import ExactTrainerMixin
@@ -123,8 +123,9 @@ class QATMixin(ExactTrainerMixin):
             model = self.accelerator.unwrap_model(self.model)
             if any(one.observing for one in input_ranges(model).values()):
                 self._calibrate_inputs()
-            make_aware(model, dict.fromkeys(self._layers, due))
-            logger.info("step %d: %d linear layers multiply with weights in %s", step, len(self._layers), due)
+            left = aware_layers(model)
+            make_aware(model, dict.fromkeys(left, due))
+            logger.info("step %d: %d linear layers multiply with weights in %s", step, len(left), due)
             self._format = due
 
     def _end_rounded_step(self) -> None:

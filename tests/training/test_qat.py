@@ -179,6 +179,27 @@ def test_pruning_and_rounding_at_once(tmp_path: Path) -> None:
     assert [step["step"] for step in read_steps(loaded.config)] == ["prune", "quantize"]
 
 
+def test_layers_are_dropped_while_bits_go_down(tmp_path: Path) -> None:
+    """Those behind a dropped layer have other names when the bits change next, and in a run that goes on."""
+    prune = {
+        "target": {"parameters": 0.5},
+        "units": ["layers"],
+        "criterion": "first_order",
+        "schedule": {"start": 0.1, "end": 0.4, "updates": 1},
+    }
+    qat = {"format": "int2-asym", "first": ["int8-channel", "int4"], "start": 0.1, "end": 0.8}
+    settings = {"sections": {"prune": prune}, "max_steps": 10, "save_strategy": "steps", "save_steps": 5}
+    make = lambda: build("bert", "sequence", seed=1, num_hidden_layers=4)  # noqa: E731
+    whole = train(tmp_path / "a", qat=qat, model=make(), **settings)
+    trained = logits(whole.model, "bert")
+    assert whole.model.config.num_hidden_layers < 4
+    whole.save_model(str(tmp_path / "saved"))
+    loaded = hfcompress.load(tmp_path / "saved")
+    torch.testing.assert_close(logits(loaded, "bert"), trained, rtol=0, atol=0)
+    again = train(tmp_path / "b", qat=qat, model=make(), resume=str(tmp_path / "a" / "checkpoint-5"), **settings)
+    torch.testing.assert_close(logits(again.model, "bert"), trained, rtol=0, atol=0)
+
+
 def test_accumulated_parts_are_the_whole(tmp_path: Path) -> None:
     steps = []
     for size in (8, 2):
