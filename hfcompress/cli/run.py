@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 from typing import Any
 
 from hfcompress.cli.arguments import add_command
@@ -45,8 +46,9 @@ def run(options: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(options.recipe, overrides=options.overrides)
     command = command_line(["hfcompress", "run", options.recipe, *options.overrides])
     run = Run(recipe, command=command, restart=options.restart)
+    # At the end of the process, not of the run: a process may have more than one.
+    atexit.register(run.state.destroy_process_group)
     rows = run.run()
-    run.state.destroy_process_group()
     if rows is None:
         return 0
     student = run.output / "student"
