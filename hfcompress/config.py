@@ -37,7 +37,8 @@ CriterionName = Literal[
     "learned",
 ]
 Preset = Literal["int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
-_BITSANDBYTES = get_args(Preset)
+Dynamic = Literal["int8-dynamic", "fp8-dynamic"]
+_BITSANDBYTES, _TORCHAO = get_args(Preset), get_args(Dynamic)
 _SCHEME = re.compile(
     r"(int[2-8]|fixed[2-8]|codebook[1-8]|nf4|fp4|ternary|binary)(-(g[1-9]\d*|channel|tensor))?(-asym)?"
 )
@@ -57,7 +58,18 @@ def _check_format(name: str) -> str:
     )
 
 
+def _check_variant(name: str) -> str:
+    """Refuse what is neither a format nor a preset of torchao."""
+    near = difflib.get_close_matches(name, [*_BITSANDBYTES, *_TORCHAO], n=1)
+    if name not in _TORCHAO and near and near[0] in _TORCHAO:
+        raise ValueError(
+            f"{name!r} is not allowed; did you mean {near[0]}? Allowed: {', '.join(map(repr, _TORCHAO))} of torchao"
+        )
+    return name if name in _TORCHAO else _check_format(name)
+
+
 WeightFormat = Annotated[str, AfterValidator(_check_format)]
+Variant = Annotated[str, AfterValidator(_check_variant)]
 Task = Literal[
     "text-classification",
     "image-classification",
@@ -670,7 +682,8 @@ class QuantizeConfig(Section):
 
     Attributes:
         presets: Which ones: int8, nf4, nf4-dq, fp4, fp4-dq for bitsandbytes; or a scheme that hfcompress packs, such as int3-g64-asym
-            (see `hfcompress.checkpoints.grids.Scheme`).
+            (see `hfcompress.checkpoints.grids.Scheme`); or int8-dynamic and fp8-dynamic for torchao, which are faster when compiled: measure
+            them with `measure.compile`.
         samples: Training examples that the weights are rounded on, layer by layer; None rounds each to the nearest number. Worth it below
             8 bits.
         skip: Names of modules to leave unquantized besides heads and poolers.
@@ -681,7 +694,7 @@ class QuantizeConfig(Section):
         recover: Adapters that win back what each variant of bitsandbytes lost, or None.
     """
 
-    presets: list[WeightFormat] = Field(default=["int8", "nf4-dq"], min_length=1)
+    presets: list[Variant] = Field(default=["int8", "nf4-dq"], min_length=1)
     samples: int | None = Field(default=None, ge=1)
     skip: list[str] = []
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -697,7 +710,12 @@ class QuantizeConfig(Section):
             raise ValueError(
                 f"recover puts adapters on layers of bitsandbytes, not on {packed[0]}; leave one of them out"
             )
+        if "fp8-dynamic" in self.presets and self.dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"fp8-dynamic multiplies in bfloat16, not {self.dtype}; leave out one of them")
         if self.samples is not None:
+            dynamic = next((preset for preset in self.presets if preset in _TORCHAO), None)
+            if dynamic is not None:
+                raise ValueError(f"{dynamic} rounds each weight to the nearest number; leave out it or samples")
             if self.recover is not None and self.recover.iterations > 1:
                 raise ValueError("samples and recover.iterations both change the weights; leave one of them out")
             for name in ("compute_dtype", "storage", "threshold"):
@@ -705,18 +723,20 @@ class QuantizeConfig(Section):
                     raise ValueError(f"{name} is for weights that are rounded to the nearest; leave out it or samples")
         return self
 
-    def by_bitsandbytes(self, preset: str) -> bool:
-        """Whether bitsandbytes rounds a variant itself."""
-        return preset in _BITSANDBYTES and self.samples is None
+    def while_loading(self, preset: str) -> bool:
+        """Whether bitsandbytes or torchao rounds a variant while it is loaded."""
+        return preset in _TORCHAO or (preset in _BITSANDBYTES and self.samples is None)
 
     def settings_of(self, preset: str) -> dict[str, Any]:
-        """Those that concern a variant that bitsandbytes rounds, as `hfcompress.quantize` takes them.
+        """Those that concern a variant that bitsandbytes or torchao rounds, as `hfcompress.quantize` takes them.
 
         Example:
             >>> QuantizeConfig(threshold=0.0).settings_of("int8")
             {'skip': [], 'dtype': 'auto', 'threshold': 0.0}
         """
         own: dict[str, Any] = {"skip": self.skip, "dtype": self.dtype}
+        if preset in _TORCHAO:
+            return own
         if preset == "int8":
             return own if self.threshold == 6.0 else own | {"threshold": self.threshold}
         return own | {
@@ -887,6 +907,7 @@ class MeasureConfig(Section):
         rounds: Timed rounds; the median and the 10th and 90th percentile are reported.
         warmup: Rounds before that.
         device: "auto" is the GPU if there is one.
+        compile: All models go through `torch.compile`, and are timed as a whole only. What torchao quantized is slow without.
     """
 
     batch: int = Field(default=32, ge=1)
@@ -895,6 +916,7 @@ class MeasureConfig(Section):
     rounds: int = Field(default=15, ge=3, le=10_000)
     warmup: int = Field(default=3, ge=0, le=1_000)
     device: str = "auto"
+    compile: bool = False
 
 
 class ContractConfig(Section):

@@ -15,9 +15,9 @@ CASES = {
     "record": 25,
     "weights": 60,
     "results": 20,
-    "cache": 40,
+    "cache": 100,
     "adapters": 30,
-    "layers_file": 8,
+    "layers_file": 20,
     "command_line": 30,
 }
 

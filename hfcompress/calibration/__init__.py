@@ -18,6 +18,7 @@ from hfcompress.calibration.predictions import (
     prediction_mask,
     self_loss,
 )
+from hfcompress.calibration.streaming import StreamedLayers, give_back_memory, stream_layers
 from hfcompress.calibration.tokens import real_tokens, token_mask
 from hfcompress.calibration.walk import Batch, LayerWalk, to_device, with_decoder
 
@@ -27,10 +28,12 @@ __all__ = [
     "LayerWalk",
     "Loss",
     "Moments",
+    "StreamedLayers",
     "batch_loss",
     "count_examples",
     "divergence",
     "frozen",
+    "give_back_memory",
     "gram",
     "linear_weight",
     "output_gradients",
@@ -39,6 +42,7 @@ __all__ = [
     "self_loss",
     "set_linear_weight",
     "step_moments",
+    "stream_layers",
     "to_device",
     "token_mask",
     "with_decoder",

@@ -164,7 +164,7 @@ class LayerWalk:
             if (
                 head := _language_head(self.model)
             ) is not None:  # a row of logits is far larger than one of hidden states
-                stack.enter_context(_replaced_forward(head, _stop))
+                stack.enter_context(replaced_forward(head, _stop))
             with torch.no_grad(), contextlib.suppress(_Stop):
                 self.model(**to_device(self.batches[0], self.model))
         return facts
@@ -185,9 +185,9 @@ class LayerWalk:
                     _hooked(layer.register_forward_pre_hook(self._note(number, step), with_kwargs=True))
                 )
                 if number == end - 1:
-                    stack.enter_context(_replaced_forward(layer, _stop))
+                    stack.enter_context(replaced_forward(layer, _stop))
                 elif self._facts[number].plain:
-                    stack.enter_context(_replaced_forward(layer, _pass_through))
+                    stack.enter_context(replaced_forward(layer, _pass_through))
             for batch in self.batches:
                 with torch.no_grad(), contextlib.suppress(_Stop):
                     self.model(**to_device(batch, self.model))
@@ -276,7 +276,8 @@ def _stop(*_args: Any, **_kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A context in which a module is run by another function."""
     had = "forward" in layer.__dict__
     before = layer.__dict__.get("forward")
     layer.forward = forward  # type: ignore[method-assign]

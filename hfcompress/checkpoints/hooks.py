@@ -11,11 +11,16 @@
 * bitsandbytes: on CPUs with AVX512, version 0.50 reads 4-bit weights wrong, without an error, where the input width is a
   multiple of 16 and none of the block size (64), such as 96, which pruned layers have. They are read as one long row
   instead, which is right.
+* torchao, as transformers 5.23 calls it: models without one table of input embeddings (CLIP, Wav2Vec2) cannot be quantized; what is
+  saved of a model that has a parameter of its own, outside of its modules (BART, CLIP), does not load again; and what was loaded cannot
+  be saved. The first is passed over, the second left out of the list of what is quantized, where it does not belong, and for the third
+  the step that cannot be turned round is forgotten.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from types import ModuleType
 from typing import Any
@@ -28,9 +33,15 @@ def install() -> None:
     wrapt.register_post_import_hook(patch_transformers, "transformers.modeling_utils")
     wrapt.register_post_import_hook(register_quantizer, "transformers.quantizers.auto")
     wrapt.register_post_import_hook(patch_bitsandbytes, "bitsandbytes.nn.modules")
+    wrapt.register_post_import_hook(patch_torchao_quantizer, "transformers.quantizers.quantizer_torchao")
+    wrapt.register_post_import_hook(patch_torchao_loading, "transformers.integrations.torchao")
     # One line per int8 product in float32, and one at import for a kernel package that is optional: neither helps.
     _silence("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast")
     _silence("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
+    # Kernels for other devices than this one's, and what torch has to say to torchao.
+    _silence("torchao", "Failed to load ")
+    _silence("torchao.kernel.intmm", "Warning: Detected no triton")
+    _silence("torch.utils._pytree", "%s is an Enum subclass")
 
 
 def _silence(logger: str, start: str) -> None:
@@ -95,6 +106,66 @@ def _save_with_record(original: Any) -> Any:
             del self._get_files_timestamps
 
     return save_pretrained
+
+
+def patch_torchao_quantizer(module: ModuleType) -> None:
+    """Make what is saved of any model load again, and what was loaded save again, in place.
+
+    Args:
+        module: `transformers.quantizers.quantizer_torchao`.
+    """
+    cls = module.TorchAoHfQuantizer
+    save, finish = cls.get_state_dict_and_metadata, cls._process_model_after_weight_loading
+    if getattr(save, "hfcompress", False):
+        return
+
+    @functools.wraps(save)
+    def get_state_dict_and_metadata(self: Any, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        tensors, metadata = save(self, model)
+        plain = [name for name in tensors if name in metadata]  # the others were taken apart
+        names = [name for name in json.loads(metadata["tensor_names"]) if name not in plain]
+        kept = {name: value for name, value in metadata.items() if name not in plain}
+        return tensors, kept | {"tensor_names": json.dumps(names)}
+
+    @functools.wraps(finish)
+    def process_model_after_weight_loading(self: Any, model: Any, **kwargs: Any) -> Any:
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or ()
+            if not any(type(step).__name__ == "TorchAoDeserialize" for step in getattr(conversion, "operations", ()))
+        ]
+        return finish(self, model, **kwargs)
+
+    get_state_dict_and_metadata.hfcompress = True  # type: ignore[attr-defined]
+    cls.get_state_dict_and_metadata = get_state_dict_and_metadata
+    cls._process_model_after_weight_loading = process_model_after_weight_loading
+
+
+def patch_torchao_loading(module: ModuleType) -> None:
+    """Let models without one table of input embeddings be quantized, in place.
+
+    Args:
+        module: `transformers.integrations.torchao`.
+    """
+    cls = module.TorchAoQuantize
+    convert = cls.convert
+    if getattr(convert, "hfcompress", False):
+        return
+
+    @functools.wraps(convert)
+    def convert_any(self: Any, input_dict: Any, model: Any = None, **kwargs: Any) -> Any:
+        try:
+            model.get_input_embeddings()
+        except NotImplementedError:
+            model.get_input_embeddings = lambda: None
+            try:
+                return convert(self, input_dict, model=model, **kwargs)
+            finally:
+                del model.get_input_embeddings
+        return convert(self, input_dict, model=model, **kwargs)
+
+    convert_any.hfcompress = True  # type: ignore[attr-defined]
+    cls.convert = convert_any
 
 
 def patch_bitsandbytes(module: ModuleType) -> None:

@@ -15,6 +15,7 @@ from hfcompress.checkpoints.grids import Grid, Scheme
 from hfcompress.checkpoints.inputs import snap_inputs
 
 _TRITS = 5  # 3^5 = 243 numbers fit into a byte
+_IN_BYTES = (1, 2, 4)  # no code lies in two bytes: no wider integers are needed
 
 
 def pack(codes: torch.Tensor, bits: float) -> torch.Tensor:
@@ -36,6 +37,9 @@ def pack(codes: torch.Tensor, bits: float) -> torch.Tensor:
     flat = codes.reshape(-1)
     if bits == 8:
         return flat.to(torch.uint8)
+    if bits in _IN_BYTES:
+        parts = F.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8 // int(bits))
+        return (parts << _shifts(bits, flat.device)).sum(1, dtype=torch.uint8)
     group, base = _group(bits)
     padded = F.pad(flat.to(torch.int64), (0, -len(flat) % group)).view(-1, group)
     places = torch.tensor([base**place for place in range(group)], device=flat.device)
@@ -54,6 +58,8 @@ def unpack(packed: torch.Tensor, bits: float, count: int) -> torch.Tensor:
     """
     if bits == 8:
         return packed[:count]
+    if bits in _IN_BYTES:
+        return (packed[:, None] >> _shifts(bits, packed.device) & 2 ** int(bits) - 1).reshape(-1)[:count]
     group, base = _group(bits)
     if group == _TRITS:
         places = torch.tensor([base**place for place in range(group)], device=packed.device, dtype=torch.uint8)
@@ -75,6 +81,10 @@ def packed_bytes(count: int, bits: float) -> int:
         return count
     group, _ = _group(bits)
     return -(-count // group) * (1 if group == _TRITS else int(bits))
+
+
+def _shifts(bits: float, device: torch.device) -> torch.Tensor:
+    return torch.arange(0, 8, int(bits), dtype=torch.uint8, device=device)
 
 
 def _group(bits: float) -> tuple[int, int]:

@@ -34,6 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
     "fp4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
 }
+# Of torchao, to what both sides of a weight have to be a multiple of: the kernels of GPUs take nothing else.
+DYNAMIC = {"int8-dynamic": 8, "fp8-dynamic": 16}
 
 
 @register_quantization_config(METHOD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -145,21 +145,21 @@ def data_sections(options: argparse.Namespace) -> dict[str, Any]:
 _OPTIONS = {"train": "--data", "max_length": "--length", "max_eval": "--max-eval"}
 
 
-def _as_options(message: str) -> str:
+def _as_options(message: str, options: Mapping[str, str]) -> str:
     """A message that names keys of a recipe's section `data`, with this command's options in their place."""
     keys = r"(?<![\w./'\"-])data\.(train|eval|text|image|label|max_length|max_eval)(?![\w.]*\w)"
-    return re.sub(keys, lambda found: _OPTIONS.get(found[1], f"--{found[1]}"), message)
+    return re.sub(keys, lambda found: options.get(found[1], f"--{found[1]}"), message)
 
 
 @contextlib.contextmanager
-def options_named() -> Iterator[None]:
-    """Errors about the data name this command's options in place of a recipe's keys."""
+def options_named(**others: str) -> Iterator[None]:
+    """Errors about the data name this command's options in place of a recipe's keys; `others` go under another name than usual."""
     from hfcompress.tasks.errors import DataError
 
     try:
         yield
     except DataError as error:
-        raise ValueError(_as_options(str(error))) from None
+        raise ValueError(_as_options(str(error), _OPTIONS | others)) from None
 
 
 def require_empty(target: Path, option: str = "--output") -> None:

@@ -24,6 +24,7 @@ from hfcompress.cli import (
     student,
     verify,
     vocabulary,
+    write_targets,
 )
 from hfcompress.cli.arguments import Parser
 
@@ -41,6 +42,7 @@ _COMMANDS = (
     export,
     vocabulary,
     cache_teacher,
+    write_targets,
     push,
     verify,
 )
@@ -59,6 +61,7 @@ examples:
   hfcompress export ./runs/bert-sst2/student --format openvino-int8 --data train.csv --measure
   hfcompress vocabulary ./runs/bert-sst2/student --data train.csv --output ./smaller
   hfcompress cache-teacher ./bert-sst2 --data train.csv --output ./cache
+  hfcompress write-targets ./smollm-instruct --data chats.jsonl --output answers.jsonl
   hfcompress push ./runs/bert-sst2/student me/bert-sst2-small --private
 
 Each command explains itself: hfcompress COMMAND --help. HFCOMPRESS_DEBUG=1 shows tracebacks.

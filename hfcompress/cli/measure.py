@@ -35,6 +35,7 @@ examples:
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default: as torch)")
     parser.add_argument("--rounds", type=positive, default=15, help="timed rounds, 3 or more (default 15)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
+    parser.add_argument("--compile", action="store_true", help="all go through torch.compile, which torchao's need")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     from hfcompress.runs import format_rows
     from hfcompress.runs.evaluation import measure_folders
 
-    names = ("batch", "length", "threads", "rounds", "device")
+    names = ("batch", "length", "threads", "rounds", "device", "compile")
     settings = {name: getattr(options, name) for name in names}
     config = Recipe.from_dict({"measure": settings}, source="hfcompress measure").measure
     folders = {}

@@ -230,7 +230,7 @@ def _settle(folder: Path, settings: Mapping[str, Any], *, rank: int) -> None:
         if there.get(name) != value:
             what = {"examples_hash": "the examples", "teacher_hash": "the teacher"}.get(name, name)
             raise ValueError(
-                f"{folder} holds targets with other settings: {what} was {there.get(name)} and is {value}; give another folder"
+                f"{folder} holds targets with other settings: {what} was {there.get(name)} and is {value}; give another folder, or remove it"
             )
 
 

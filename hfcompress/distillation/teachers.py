@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hfcompress.distillation.capture import NOTHING, AttentionInputs, Captured, Wanted, capture
+from hfcompress.measurement.latency import is_movable
 
 OWN_INPUTS = "teacher_"
 OWN_ANSWERS = "on_policy"  # marks a batch whose answers the student wrote
@@ -75,8 +76,7 @@ class Teacher:
 
     def to(self, device: torch.device) -> None:
         """Move it, in place, unless it is quantized or already spread over devices by a device map."""
-        placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "quantization_method", None)
-        if not placed:
+        if is_movable(self.model) and not getattr(self.model, "hf_device_map", None):
             self.model.to(device)  # type: ignore[call-overload]
 
     def __call__(self, inputs: Mapping[str, Any], *, wanted: Wanted = NOTHING) -> Targets:

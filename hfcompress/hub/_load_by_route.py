@@ -53,7 +53,11 @@ def main() -> None:
     for route in routes:
         try:
             model = loaded(route).eval()
-            if wanted == "cuda" and torch.cuda.is_available() and not getattr(model, "quantization_method", None):
+            if (
+                wanted == "cuda"
+                and torch.cuda.is_available()
+                and getattr(model, "quantization_method", None) in (None, "torchao")
+            ):
                 model = model.to("cuda")
             device = next(model.parameters()).device
             with torch.no_grad():

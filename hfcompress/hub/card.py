@@ -15,6 +15,7 @@ from transformers.models.auto import modeling_auto as auto_names
 import hfcompress
 from hfcompress.checkpoints.adapters import ADAPTER_FILE, read_config
 from hfcompress.checkpoints.portable import MODELING_FILE
+from hfcompress.checkpoints.quantizer import DYNAMIC
 from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units
 from hfcompress.hub.contract import contract_of, describe, judge, verdict
 from hfcompress.hub.picture import draw_layers, save_curves_picture, save_layers_picture, save_tradeoff_picture
@@ -33,7 +34,7 @@ from hfcompress.hub.results import (
     words_of_score,
     words_of_steps,
 )
-from hfcompress.hub.verify import RouteCheck, is_4bit, is_packed
+from hfcompress.hub.verify import RouteCheck, is_4bit, is_packed, is_torchao
 
 __all__ = ["PICTURE_FILE", "RESULTS_FILE", "read_results", "write_card"]
 
@@ -241,7 +242,7 @@ def _eval_results(results: dict[str, Any], *, task: str) -> list[EvalResult]:
     """The score of the model in this folder, for the `model-index` of its metadata."""
     mine = next((row for row in results.get("rows", []) if row.get("folder") == "."), None)
     data = results.get("data") or {}
-    if not mine or not data.get("name") or not mine.get("metric"):
+    if not mine or not data.get("name") or not mine.get("metric") or data.get("labels") is False:
         return []
     metric, dataset = mine["metric"], str(data["name"])
     source = repository_of(data.get("repository")) or repository_of(dataset)
@@ -315,8 +316,9 @@ def _sentence(step: dict[str, Any]) -> str:
     if kind == "quantize" and isinstance(step["layers"], dict):
         return _rounding_sentence(step)
     if kind == "quantize":
+        library = "torchao" if step["preset"] in DYNAMIC else "bitsandbytes"
         return (
-            f"Quantized {step['layers']} linear layers with bitsandbytes ({step['preset']}); "
+            f"Quantized {step['layers']} linear layers with {library} ({step['preset']}); "
             f"left as they are: {', '.join(step['skipped']) or 'none'}; everything else in {step['dtype']}."
         )
     if kind == "adapt":
@@ -357,6 +359,15 @@ def _pruning_sentence(step: dict[str, Any]) -> str:
 
 def ways_to_load(folder: Path, config: Any, name: str) -> list[dict[str, str]]:
     """The ways to load what is in a folder, under a name: what each needs, and the code."""
+    ways = _ways_to_load(folder, config, name)
+    if not is_torchao(config):
+        return ways
+    compiling = "\nmodel.compile()  # what is multiplied in 8 bits is fast once it is compiled"
+    texts = [f"{way['text'].removesuffix(':').removesuffix(' alone')}; torchao has to be installed:" for way in ways]
+    return [{"text": text, "code": way["code"] + compiling} for text, way in zip(texts, ways, strict=True)]
+
+
+def _ways_to_load(folder: Path, config: Any, name: str) -> list[dict[str, str]]:
     auto = _AUTO.get(pipeline_of(config) or "", "AutoModel")
     plain = f"from transformers import {auto}\n"
     if (folder / ADAPTER_FILE).is_file():

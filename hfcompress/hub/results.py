@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from hfcompress.measurement.metrics import PERCENTAGES
 
 RESULTS_FILE = "results.json"
+FASTER = 1.05  # times as fast; less is no gain
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w.-]*")
 
 
@@ -42,6 +43,7 @@ class _Latency(_Part):
     device: str
     threads: int
     dtype: str
+    compiled: bool = False
     low: float | None = None
     high: float | None = None
 
@@ -154,7 +156,7 @@ def words_of_row(row: Mapping[str, Any]) -> dict[str, str]:
         "disk": f"{row['disk_bytes'] / 1e6:.1f}",
         "latency": f"{latency['median_ms']:.1f} ({latency['p10_ms']:.1f} to {latency['p90_ms']:.1f})",
         "speedup": words_of_speedup(speedup) if speedup else "1",
-        "layers": f"{layers['median']:.2f}x" if layers else "1",
+        "layers": f"{layers['median']:.2f}x" if layers else "" if latency.get("compiled") else "1",
         "energy": f"{energy['joules_per_input']:.3g}" if energy else "",
     }
 
@@ -212,6 +214,8 @@ def words_of_rows(results: Mapping[str, Any]) -> dict[str, Any]:
     energies = [row["energy"] for row in rows if row.get("energy")]
     bracketed = any((row.get("speedup") or {}).get("low") is not None for row in rows)
     notes = ["In brackets: the 95 % interval."]
+    if metric and metric["name"] == "agreement":
+        notes.append(f"Agreement: the share of predictions that are those of {first['name']}.")
     if changes:
         tests = " and ".join(dict.fromkeys(change["test"] for change in changes))
         notes.append(f"Lost: against the first row on the same examples, a gain is negative; test: {tests}.")
@@ -219,8 +223,13 @@ def words_of_rows(results: Mapping[str, Any]) -> dict[str, Any]:
         f"Latency: median (10th to 90th percentile) of {latency['rounds']} rounds, all models in turn in one process; "
         "speedups are medians of the ratios round by round"
         + (" with the interval of the median" if bracketed else "")
-        + ", that of the layers without embeddings and head."
+        + (
+            ". All went through torch.compile."
+            if latency.get("compiled")
+            else ", that of the layers without embeddings and head."
+        )
     )
+    notes += words_of_no_gain(rows)
     if energies:
         notes.append(f"Energy: {energies[0]['source']}, idle power included.")
     return {
@@ -230,7 +239,8 @@ def words_of_rows(results: Mapping[str, Any]) -> dict[str, Any]:
         "energy_label": "joules per input" if energies else "",
         "notes": notes,
         "conditions": (
-            f"On {latency['device']}, {words_of_threads(latency['threads'])}, {size}, {latency['dtype']}; {versions}; "
+            f"On {latency['device']}, {words_of_threads(latency['threads'])}, {size}, {latency['dtype']}"
+            f"{', compiled' if latency.get('compiled') else ''}; {versions}; "
             f"seed {results.get('seed')}; {results.get('date')}; commit {results.get('commit') or 'not known'}."
         ),
     }
@@ -238,11 +248,8 @@ def words_of_rows(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def words_of_steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """What each step from a model to the next did to score, time and size; empty where there is only one."""
-    by_name = {row["name"]: row for row in rows}
     found = []
-    for row in rows[1:]:
-        origin = by_name.get(row.get("origin") or rows[0]["name"], rows[0])
-        effect = row.get("step") or {"change": row.get("change"), "speedup": row.get("speedup")}
+    for origin, row, effect in _steps(rows):
         found.append(
             {
                 "from": origin["name"],
@@ -255,6 +262,34 @@ def words_of_steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             }
         )
     return found
+
+
+def _steps(
+    rows: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
+    """Each model, what it was made from (before it), and what was lost and gained by that (after it)."""
+    by_name = {row["name"]: row for row in rows}
+    for row in rows[1:]:
+        origin = by_name.get(row.get("origin") or rows[0]["name"], rows[0])
+        yield origin, row, row.get("step") or {"change": row.get("change"), "speedup": row.get("speedup")}
+
+
+def words_of_no_gain(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence about each model that is smaller than what it was made from, and not faster (by a twentieth), as measured.
+
+    Example:
+        >>> whole = {"name": "original", "disk_bytes": 91_000_000}
+        >>> words_of_no_gain([whole, {"name": "nf4-dq", "disk_bytes": 51_000_000, "speedup": {"median": 0.8}}])
+        ['nf4-dq is smaller, not faster: 56 % of the size of original, 0.80x its speed.']
+        >>> words_of_no_gain([whole, {"name": "pruned", "disk_bytes": 51_000_000, "speedup": {"median": 1.8}}])
+        []
+    """
+    return [
+        f"{row['name']} is smaller, not faster: {100 * row['disk_bytes'] / origin['disk_bytes']:.0f} % of the size of {origin['name']}, "
+        f"{effect['speedup']['median']:.2f}x its speed."
+        for origin, row, effect in _steps(rows)
+        if effect.get("speedup") and effect["speedup"]["median"] <= FASTER and row["disk_bytes"] < origin["disk_bytes"]
+    ]
 
 
 def class_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:

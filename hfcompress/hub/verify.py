@@ -92,12 +92,12 @@ def _probe_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     return inputs
 
 
-_PREDICTIONS = ("logits", "start_logits", "logits_per_image", "last_hidden_state")
+PREDICTIONS = ("logits", "start_logits", "logits_per_image", "last_hidden_state")
 
 
 def probe_outputs(outputs: Any) -> torch.Tensor:
     """What is compared: logits (of language models only the last position), or the last hidden state."""
-    values = next(outputs[name] for name in _PREDICTIONS if name in outputs)
+    values = next(outputs[name] for name in PREDICTIONS if name in outputs)
     return values[:, -1] if values.dim() == 3 and values.shape[-1] > 1000 else values
 
 
@@ -124,6 +124,11 @@ def is_4bit(config: Any) -> bool:
 def is_packed(config: Any) -> bool:
     """Whether a config says that hfcompress packed its weights: without hfcompress nothing reads them."""
     return bool(_quantization(config, "quant_method") == "hfcompress")
+
+
+def is_torchao(config: Any) -> bool:
+    """Whether a config says that its weights are torchao's."""
+    return bool(_quantization(config, "quant_method") == "torchao")
 
 
 def _quantization(config: Any, name: str) -> Any:

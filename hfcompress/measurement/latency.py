@@ -424,6 +424,11 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return device, next(floating, torch.float32)
 
 
+def is_movable(model: nn.Module) -> bool:
+    """Whether a model can be put on a device: not where a quantizer put it already, as all do but that of torchao."""
+    return getattr(model, "quantization_method", None) in (None, "torchao")
+
+
 def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if not torch.is_tensor(value):
         return value
@@ -464,7 +469,8 @@ def _image_shape(config: Any, batch: int) -> tuple[int, int, int, int]:
     return batch, config.num_channels, height, width
 
 
-def _usable_positions(model: nn.Module) -> int:
+def usable_positions(model: nn.Module) -> int:
+    """The most tokens per row that a model takes; a very large number where positions are relative."""
     config: Any = getattr(model.config, "text_config", model.config)
     limit: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
     limit = getattr(config, "max_target_positions", None) or limit  # of the decoder, where the encoder reads sound
@@ -476,7 +482,7 @@ def _usable_positions(model: nn.Module) -> int:
 
 
 def _token_ids(model: nn.Module, batch: int, length: int | None, generator: torch.Generator) -> torch.Tensor:
-    limit = _usable_positions(model)
+    limit = usable_positions(model)
     if length is None or not 1 <= length <= limit:
         raise ValueError(f"length={length}: {type(model).__name__} takes 1 to {limit} tokens per row")
     config: Any = getattr(model.config, "text_config", model.config)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Z95 = NormalDist().inv_cdf(0.975)
 PERCENTAGES = frozenset(  # metrics that people write in per cent
-    ("accuracy", "macro_f1", "f1", "exact_match", "rougeL")
+    ("accuracy", "agreement", "macro_f1", "f1", "exact_match", "rougeL")
 )
 
 

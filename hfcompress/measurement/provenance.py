@@ -50,7 +50,7 @@ def provenance(*, seed: int) -> dict[str, Any]:
         >>> provenance(seed=3)["seed"]
         3
     """
-    names = ("hfcompress", "torch", "transformers", "accelerate", "bitsandbytes")
+    names = ("hfcompress", "torch", "transformers", "accelerate", "bitsandbytes", "torchao")
     versions = {}
     for name in names:
         try:

@@ -199,6 +199,6 @@ def round_aware(model: nn.Module) -> dict[str, Rounded]:
             continue
         weight = linear_weight(module).float()
         grid = form.fit(weight, fit=training_fit(form))
-        rounded[name] = Rounded(form, grid, grid.encode(weight))
+        rounded[name] = Rounded.of(form, grid, grid.encode(weight))
         set_linear_weight(module, rounded[name].weight())
     return rounded

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hfcompress.checkpoints.grids import Grid, Scheme
-from hfcompress.checkpoints.packed import PackedLinear, packed_bytes
+from hfcompress.checkpoints.packed import PackedLinear, pack, packed_bytes, unpack
 from hfcompress.checkpoints.quantizer import PRESETS
 from hfcompress.quantization.fitting import Fit, fit_grid
 
@@ -147,12 +147,23 @@ class Rounded:
     Attributes:
         format: How they are written.
         grid: The numbers they may take.
-        codes: Which of them each takes, uint8, shape (outputs, inputs).
+        packed: Which of them each takes, in as few bytes as on disk: see `pack`.
     """
 
     format: Format
     grid: Grid
-    codes: torch.Tensor
+    packed: torch.Tensor
+
+    @classmethod
+    def of(cls, form: Format, grid: Grid, codes: torch.Tensor) -> Rounded:
+        """From codes, uint8, shape (outputs, inputs)."""
+        return cls(form, grid, pack(codes, form.scheme.bits))
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """Which number each weight takes, uint8, shape (outputs, inputs), unpacked anew each time."""
+        outputs, inputs = self.grid.shape
+        return unpack(self.packed, self.format.scheme.bits, outputs * inputs).view(outputs, inputs)
 
     def weight(self) -> torch.Tensor:
         """The weights, float32, shape (outputs, inputs)."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from hfcompress.calibration import Batch
 from hfcompress.checkpoints.grids import Grid
@@ -26,7 +25,7 @@ class KeptLayers:
 
     Args:
         folder: Where; it is made if it is not there.
-        model: What is rounded.
+        weights: Of the model that is rounded, by name, in the order of the names.
         batches: What it is rounded on.
         settings: Everything else that the result follows from.
 
@@ -35,10 +34,18 @@ class KeptLayers:
     """
 
     def __init__(
-        self, folder: str | Path, model: nn.Module, batches: Sequence[Batch], settings: Mapping[str, Any]
+        self,
+        folder: str | Path,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        batches: Sequence[Batch],
+        settings: Mapping[str, Any],
     ) -> None:
         self.folder = Path(folder)
-        plan = {"model": _digest(model.state_dict()), "batches": _digest(*batches), **settings}
+        plan = {
+            "model": _digest(weights),
+            "batches": _digest(*(sorted(batch.items()) for batch in batches)),
+            **settings,
+        }
         path = self.folder / _PLAN_FILE
         if path.is_file():
             if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(plan)):
@@ -61,7 +68,7 @@ class KeptLayers:
                     parts = {key: file.get_tensor(f"{name}.{key}").to(device) for key in fact["tensors"]}
                     form = format_of(fact["format"])
                     codes = parts.pop("codes")
-                    found[name] = Rounded(form, form.as_read(_grid(parts, fact)), codes)
+                    found[name] = Rounded.of(form, form.as_read(_grid(parts, fact)), codes)
         except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
             return None
         return found
@@ -108,10 +115,10 @@ def _write(path: Path, write: Any) -> None:
     os.replace(part, path)
 
 
-def _digest(*groups: Mapping[str, Any]) -> str:
+def _digest(*groups: Iterable[tuple[str, Any]]) -> str:
     digest = hashlib.sha256()
     for group in groups:
-        for name, value in sorted(group.items()):
+        for name, value in group:
             if isinstance(value, torch.Tensor):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from hfcompress.calibration import give_back_memory
 from hfcompress.checkpoints.packed import PackedLinear
 from hfcompress.checkpoints.quantizer import PRESETS, PackedConfig
 from hfcompress.checkpoints.record import add_step
@@ -61,6 +62,7 @@ def put_rounded(
     for name, layer in rounded.items():
         linear = model.get_submodule(name)
         model.set_submodule(name, layer.format.layer(linear, layer.grid, layer.codes, compute_dtype=compute))
+        give_back_memory()
     names = {name: layer.format.name for name, layer in rounded.items()}
     written = {*names.values()}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]

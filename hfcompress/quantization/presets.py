@@ -1,4 +1,4 @@
-"""Named bitsandbytes settings, and which modules they leave alone."""
+"""Named settings of bitsandbytes and torchao, and which modules they leave alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from hfcompress.anatomy import StructureError, family_of
 from hfcompress.anatomy.sites import find_stacks, linear_features
-from hfcompress.checkpoints.quantizer import PRESETS
+from hfcompress.checkpoints.quantizer import DYNAMIC, PRESETS
+from hfcompress.quantization.dynamic import dynamic_config
 
 
 def modules_to_skip(model: nn.Module, *, also: Sequence[str] = ()) -> list[str]:
@@ -75,11 +76,11 @@ def make_config(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
     threshold: float | None = None,
-) -> BitsAndBytesConfig:
-    """The bitsandbytes settings of a preset.
+) -> BitsAndBytesConfig | TorchAoConfig:
+    """The settings of a preset, of bitsandbytes or of torchao.
 
     Args:
-        preset: A name of `PRESETS`.
+        preset: A name of `PRESETS` or of `DYNAMIC`.
         skip: Modules to leave alone.
         dtype: What 4-bit weights are multiplied in.
         storage: The type of the tensors that hold 4-bit codes; None is uint8. The codes are the same bytes in any. FSDP only shards
@@ -96,8 +97,12 @@ def make_config(
         >>> make_config("nf4", skip=[], storage=torch.bfloat16).bnb_4bit_quant_storage
         torch.bfloat16
     """
+    if preset in DYNAMIC:
+        if storage is not None or threshold is not None:
+            raise ValueError(f"storage and threshold are of bitsandbytes, and {preset} is of torchao; leave them out")
+        return dynamic_config(preset, skip=skip)
     if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+        raise ValueError(f"no preset {preset!r}; there are {', '.join([*PRESETS, *DYNAMIC])}")
     settings = dict(PRESETS[preset])
     if settings.get("load_in_4bit"):
         if threshold is not None:

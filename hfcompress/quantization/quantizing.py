@@ -1,4 +1,4 @@
-"""Quantization of a saved model with bitsandbytes, through transformers' own loader."""
+"""Quantization of a saved model with bitsandbytes or torchao, through transformers' own loader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from hfcompress.checkpoints.adapters import ADAPTER_FILE
 from hfcompress.checkpoints.damage import damage_named
 from hfcompress.checkpoints.io import load, model_class
+from hfcompress.checkpoints.quantizer import DYNAMIC
 from hfcompress.checkpoints.record import add_step
+from hfcompress.quantization.dynamic import is_dynamic, left_alone, require_dynamic
 from hfcompress.quantization.presets import make_config, modules_to_skip
 
 logger = logging.getLogger(__name__)
@@ -42,9 +44,11 @@ def quantize(
 
     Args:
         path_or_repo: A folder that `save_pretrained` wrote, or a repository on the Hub.
-        preset: "int8", "nf4", "nf4-dq", "fp4" or "fp4-dq"; dq: the block scales are quantized as well.
+        preset: "int8", "nf4", "nf4-dq", "fp4" or "fp4-dq" of bitsandbytes; dq: the block scales are quantized as well. Or "int8-dynamic"
+            or "fp8-dynamic" of torchao, which multiply in int8 or fp8: see `hfcompress.quantization.dynamic`.
         skip: Further modules to leave alone.
-        dtype: Of everything that is not quantized: "auto" keeps what the model has; or a name of a float type.
+        dtype: Of everything that is not quantized: "auto" keeps what the model has (bfloat16 with "fp8-dynamic", which multiplies in
+            nothing else); or a name of a float type.
         compute_dtype: What 4-bit weights are multiplied in: "auto" is `dtype`; or a name of a float type.
         storage: Of 4-bit weights: the float type that FSDP shards them as, which has to be `dtype`; None is uint8.
         threshold: Of int8: inputs of this size and more are multiplied in float; None is 6, and 0 multiplies all in int8.
@@ -56,10 +60,13 @@ def quantize(
         The quantized model in eval mode, with the step in its record.
 
     Raises:
-        ValueError: Unknown preset, module or type, the model is quantized already, the device map mixes CPU and GPU, or bitsandbytes is
-            missing.
+        ValueError: Unknown preset, module or type, the model is quantized already, the device map mixes CPU and GPU, bitsandbytes or
+            torchao is missing, or there is no GPU for fp8.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if preset in DYNAMIC:
+        require_dynamic(preset)
+        dtype = _dynamic_dtype(preset, dtype, compute_dtype)
+    elif importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("quantization needs bitsandbytes; install it with: pip install bitsandbytes")
     if (Path(path_or_repo) / ADAPTER_FILE).is_file():
         raise ValueError(
@@ -75,12 +82,13 @@ def quantize(
     with damage_named(path_or_repo), torch.device("meta"):
         blank = cls._from_config(config)
     leave = modules_to_skip(blank, also=skip)
+    odd = left_alone(blank, preset) if preset in DYNAMIC else []
     rest = _DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
     model = load(
         path_or_repo,
         quantization_config=make_config(
             preset,
-            skip=leave,
+            skip=sorted({*leave, *odd}),
             dtype=_DTYPES.get(compute_dtype, rest),
             storage=_DTYPES.get(storage or "auto"),
             threshold=threshold,
@@ -94,7 +102,11 @@ def quantize(
     left = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and not _is_quantized(m)}
     if count == 0:
         kinds = {type(module).__name__ for name, module in left.items() if name not in leave}
-        reason = f"transformers does not quantize {', '.join(sorted(kinds))}" if kinds else f"all are skipped ({leave})"
+        reason = f"all are skipped ({leave})"
+        if odd and kinds == {"Linear"}:
+            reason = f"none has sides that are multiples of {DYNAMIC[preset]}"
+        elif kinds:
+            reason = f"transformers does not quantize {', '.join(sorted(kinds))}"
         raise ValueError(f"nothing in {path_or_repo} was quantized: of its linear layers, {reason}")
     facts: dict[str, Any] = {"storage": storage} if storage else {}
     facts |= {"threshold": threshold} if threshold is not None else {}
@@ -113,7 +125,18 @@ def quantize(
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("bitsandbytes")
+    return type(module).__module__.startswith("bitsandbytes") or is_dynamic(module)
+
+
+def _dynamic_dtype(preset: str, dtype: str, compute_dtype: str) -> str:
+    """The type of everything that torchao does not quantize."""
+    if compute_dtype != "auto":
+        raise ValueError(f"compute_dtype is of 4-bit weights, and {preset} has none; leave it out")
+    if preset != "fp8-dynamic":
+        return dtype
+    if dtype not in ("auto", "bfloat16"):
+        raise ValueError(f"fp8-dynamic multiplies in bfloat16, not {dtype}; leave dtype out")
+    return "bfloat16"
 
 
 def _check_device_map(device_map: Any) -> None:

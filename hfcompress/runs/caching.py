@@ -16,6 +16,7 @@ from hfcompress.checkpoints.io import load
 from hfcompress.config import DataConfig, Recipe, RecipeError
 from hfcompress.distillation import CacheContents, Teacher, write_cache
 from hfcompress.distillation.cache_format import Manifest
+from hfcompress.measurement.latency import is_movable
 from hfcompress.runs.evaluation import device_of
 from hfcompress.tasks import PreparedTask, prepare
 from hfcompress.tasks.errors import DataError
@@ -55,7 +56,7 @@ def cache_task(
     # As a Trainer does: what forward does not take, collators need not know.
     taken = [*inspect.signature(teacher.model.forward).parameters, "label", "label_ids", *task.label_columns]
     collate = RemoveColumnsCollator(task.data_collator, taken)
-    rank, world_size = _processes()
+    rank, world_size = processes()
     return write_cache(
         teacher,
         dataset,
@@ -102,11 +103,11 @@ def cache_teacher(
         CacheError: See `write_cache`.
     """
     model = load(teacher)
-    placed = getattr(model, "quantization_method", None) is not None
-    if not placed:
-        if getattr(model, "main_input_name", "input_ids") != "input_ids":
-            model = model.float()  # pixels and sound come in 32 bits
-        model = model.to(_own_device(device))
+    if is_movable(model):
+        model = model.to(own_device(device))
+    reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    if not reads_text and getattr(model, "quantization_method", None) is None:
+        model = model.float()  # pixels and sound come in 32 bits
     prepared = prepare(
         data, task=task or _task_of(model), model_name=encoded_for or teacher, seed=seed, must_match=encoded_for is None
     )
@@ -162,12 +163,13 @@ def _task_of(model: nn.Module) -> str:
     raise DataError(f"{name} says no task it was made for; give --task, one of {', '.join(TASKS)}")
 
 
-def _processes() -> tuple[int, int]:
+def processes() -> tuple[int, int]:
     """Number of this process, and of all, as a launcher says."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _own_device(name: str) -> torch.device:
+def own_device(name: str) -> torch.device:
+    """The device that a name stands for; of several GPUs the one of this process."""
     device = device_of(name)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from hfcompress.measurement import (
     speedup,
 )
 from hfcompress.measurement.energy import Counter, energy_of, find_counter
-from hfcompress.measurement.latency import timed, torch_threads
+from hfcompress.measurement.latency import is_movable, timed, torch_threads
 from hfcompress.tasks import PreparedTask
 from hfcompress.tasks.scores import decide
 
@@ -149,10 +150,8 @@ def measure_and_keep(
     device = device_of(config.device)
     models = {name: _on(load(folder), device) for name, folder in folders.items()}
     first = next(iter(models.values()))
-    inputs = example_inputs(first, batch=config.batch, length=config.length if _reads_tokens(first) else None)
-    timing = {"rounds": config.rounds, "warmup": config.warmup, "threads": config.threads}
-    whole = compare_latency(models, inputs, scope="model", **timing)  # type: ignore[arg-type]
-    layers = compare_latency(models, inputs, scope="layers", **timing)  # type: ignore[arg-type]
+    inputs = example_inputs(first, batch=config.batch, length=length_for(first, config))
+    whole, layers = _time(models, inputs, config)
     counter = find_counter(device)
     rows: list[dict[str, Any]] = []
     answers: dict[str, Answers] = {}
@@ -170,21 +169,44 @@ def measure_and_keep(
             "disk_bytes": _with_base(folders[name]),
             "memory_bytes": memory_bytes(model),
             "flops_per_input": count_flops(model, inputs) // config.batch,
-            "latency": _with_interval(whole[name].to_dict(), whole[name].samples_ms),
-            "layers_latency": layers[name].to_dict(),
+            "latency": _with_interval(whole[name].to_dict() | {"compiled": config.compile}, whole[name].samples_ms),
         }
+        if layers:
+            row["layers_latency"] = layers[name].to_dict()
         if counter is not None:
             row["energy"] = _count_energy(model, inputs, config, counter)
         if name != baseline:
             row |= _change(answers, baseline, name)
             row["speedup"] = _faster(whole[baseline], whole[name])
-            row["layers_speedup"] = _faster(layers[baseline], layers[name])
+            if layers:
+                row["layers_speedup"] = _faster(layers[baseline], layers[name])
             origin = (origins or {}).get(name, baseline)
             row["origin"] = origin
             if origin != baseline:
                 row["step"] = {**_change(answers, origin, name), "speedup": _faster(whole[origin], whole[name])}
         rows.append(row)
     return Measured(rows, answers)
+
+
+def _time(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Any], config: MeasureConfig
+) -> tuple[dict[str, Latency], dict[str, Latency]]:
+    """The times of whole models, and those of their layers, which nothing enters or leaves where all is compiled."""
+    timing: dict[str, Any] = {"rounds": config.rounds, "warmup": config.warmup, "threads": config.threads}
+    if not config.compile:
+        whole = compare_latency(models, inputs, scope="model", **timing)
+        return whole, compare_latency(models, inputs, scope="layers", **timing)
+    from torch._dynamo.exc import TorchDynamoException
+
+    compiled: dict[str, Any] = {name: torch.compile(model) for name, model in models.items()}
+    timing["warmup"] = max(1, config.warmup)  # they are compiled in the first round
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # of torchao's tensors
+            return compare_latency(compiled, inputs, scope="model", **timing), {}
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__  # first who, then what
+        raise ValueError(f"torch.compile does not work here ({reason}); measure without it") from error
 
 
 def _change(answers: Mapping[str, Answers], before: str, after: str) -> dict[str, Any]:
@@ -241,9 +263,10 @@ def device_of(name: str) -> torch.device:
 
 
 def _on(model: nn.Module, device: torch.device) -> nn.Module:
-    placed = getattr(model, "quantization_method", None) is not None
-    return model.eval() if placed else model.to(device).eval()
+    return model.to(device).eval() if is_movable(model) else model.eval()
 
 
-def _reads_tokens(model: nn.Module) -> bool:
-    return getattr(model, "main_input_name", "input_ids") not in ("pixel_values", "input_values")
+def length_for(model: nn.Module, config: MeasureConfig) -> int | None:
+    """Tokens per row of made-up inputs; None where a model reads no tokens."""
+    reads_tokens = getattr(model, "main_input_name", "input_ids") not in ("pixel_values", "input_values")
+    return config.length if reads_tokens else None

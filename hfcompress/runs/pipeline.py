@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,9 +49,18 @@ from hfcompress.hub.results import RESULTS_FILE, public_name, read_results, repo
 from hfcompress.hub.verify import VerificationError
 from hfcompress.measurement import Metric, provenance
 from hfcompress.measurement.provenance import hide_secrets
-from hfcompress.quantization import add_adapters, own_device_map, quantize, refit_weights, without_dropout
+from hfcompress.quantization import (
+    DYNAMIC,
+    add_adapters,
+    own_device_map,
+    quantize,
+    refit_weights,
+    require_dynamic,
+    without_dropout,
+)
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.examples import drop
+from hfcompress.runs.fresh import run_fresh
 from hfcompress.runs.processors import copy_processor
 from hfcompress.runs.quantizing import quantize_folder
 from hfcompress.runs.teaching import CACHE_FOLDER, open_teachers
@@ -111,6 +119,9 @@ class Run:
             )
         if not any((recipe.distill, recipe.prune, recipe.qat, recipe.quantize)):
             raise RecipeError("the recipe asks for nothing: add distill, prune, qat or quantize")
+        for preset in recipe.quantize.presets if recipe.quantize is not None else ():
+            if preset in DYNAMIC:
+                require_dynamic(preset)
         assert recipe.data is not None and recipe.task is not None and recipe.output is not None
         return recipe.data, recipe.task, Path(recipe.output)
 
@@ -496,14 +507,14 @@ class Run:
         assert config is not None
         if self.state.is_main_process and not self._is_done(target.name):
             self._say(f"Quantizing with {preset}")
-            if config.by_bitsandbytes(preset):
-                self._quantize_by_bitsandbytes(folder, preset, target, config, around)
+            if config.while_loading(preset):
+                self._quantize_while_loading(folder, preset, target, config, around)
             else:
                 self._round(folder, preset, target, config)
             self._mark_done(target.name)
         self.state.wait_for_everyone()
 
-    def _quantize_by_bitsandbytes(
+    def _quantize_while_loading(
         self, folder: Path, preset: str, target: Path, config: QuantizeConfig, around: RecoverConfig | None
     ) -> None:
         model = quantize(folder, preset, **config.settings_of(preset))
@@ -571,12 +582,9 @@ class Run:
     def measure(self, models: dict[str, Path]) -> list[dict[str, Any]]:
         """Load everything that was saved in a fresh process, score and time it there."""
         self._say("Loading everything again in a fresh process, scoring and timing it")
-        environment = {key: value for key, value in os.environ.items() if key not in _GROUP}
         # What the training left to the child would slow it down or change its threads.
-        arguments = [sys.executable, "-m", "hfcompress.runs.measure_saved", str(self.output)]
-        arguments += [f"{name}={folder}" for name, folder in models.items()]
-        done = subprocess.run(arguments, env=environment, check=False)
-        if done.returncode:
+        arguments = [f"{name}={folder}" for name, folder in models.items()]
+        if not run_fresh("hfcompress.runs.measure_saved", str(self.output), *arguments):
             raise RuntimeError(f"what was saved in {self.output} could not be measured in a fresh process (see above)")
         return read_results(self.output)["rows"]
 
@@ -668,9 +676,6 @@ class Run:
 def _goal(quantity: str, goal: float) -> str:
     """A target in few letters: "2x" of a speedup."""
     return f"{goal:g}x" if quantity == "speedup" else f"{quantity} {goal:g}"
-
-
-_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
 def with_default_speedups(recipe: Recipe) -> Recipe:

@@ -234,14 +234,14 @@ def prune_folder(
         raise VerificationError(f"{output} does not load through {failed[0].route}: {failed[0].error}")
     say("Scoring and timing")
     found = measure_and_keep(
-        {"dense": _local(source), "pruned": output},
+        {"dense": local_folder(source), "pruned": output},
         examples.rate,
         measure,
         class_names=examples.task.label_names if examples.task is not None else (),
     )
     rows = found.rows
     for row in rows:
-        row["folder"] = "." if row["name"] == "pruned" else _name(source)
+        row["folder"] = "." if row["name"] == "pruned" else short_name(source)
     sections = {"prune": config, "data": data, "measure": measure}
     results = {
         "rows": rows,
@@ -266,7 +266,7 @@ def prune_folder(
 
 def lineage_of_folder(source: str, data: DataConfig | None) -> dict[str, Any]:
     """What a saved model and its data are called, and their licences as far as those are said."""
-    found = {"base": describe_source(_name(source) if Path(source).is_dir() else source, source)}
+    found = {"base": describe_source(short_name(source) if Path(source).is_dir() else source, source)}
     if data is not None:
         name = data.title or data.name or Path(str(data.train)).name
         found["data"] = describe_source(name, data.name or data.train, kind="dataset")
@@ -286,12 +286,12 @@ def _open(source: str, measure: MeasureConfig) -> tuple[nn.Module, torch.dtype]:
     return model.float().to(device_of(measure.device)).eval(), dtype
 
 
-def _name(source: str) -> str:
+def short_name(source: str) -> str:
     """What a folder or repository is called."""
     return Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2]
 
 
-def _local(source: str) -> Path:
+def local_folder(source: str) -> Path:
     """The folder of a model, fetched from the Hub if it is there."""
     return Path(source) if Path(source).is_dir() else Path(snapshot_download(source))
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hfcompress.calibration import stream_layers
 from hfcompress.checkpoints.io import load
 from hfcompress.config import DataConfig
 from hfcompress.hub import save_probe, verify_folder, write_card
 from hfcompress.hub.results import RESULTS_FILE
-from hfcompress.hub.verify import VerificationError
+from hfcompress.hub.verify import RouteCheck, VerificationError
 from hfcompress.measurement import provenance
 from hfcompress.quantization.bits import FLOATS
 from hfcompress.quantization.calibrated import round_at_once, round_on_data
@@ -39,8 +40,8 @@ def quantize_folder(
     seed: int = 0,
     command: str = "",
     say: Callable[[str], None] = logger.info,
-) -> None:
-    """Round a saved model's linear layers and save it.
+) -> list[RouteCheck]:
+    """Round a saved model's linear layers and save it. Its layers are in memory one at a time, see `stream_layers`.
 
     Args:
         source: Folder or Hub repository of the model.
@@ -56,6 +57,9 @@ def quantize_folder(
         command: What was typed, for the card.
         say: Told what is being done.
 
+    Returns:
+        How it loads by every way.
+
     Raises:
         ValueError: Something does not fit; nothing was written.
         VerificationError: What was written does not load.
@@ -66,16 +70,17 @@ def quantize_folder(
         raise ValueError(f"{source} is quantized already; quantize the model it was made from")
     rest = dtype or model.dtype
     formats = _formats(model, written, skip)
-    model = model.float().eval()
     examples: Examples | None = None
-    if data is None:
-        rounded = round_at_once(model, formats, fit="mse")
-    else:
+    if data is not None:
         examples = read_examples(model, source, data, samples=samples, seed=seed)
         say(f"Rounding {len(formats)} linear layers on {examples.n:,} examples")
-        rounded = round_on_data(model, examples.batches, formats, keep=keep)
-    model.to(rest)
-    put_rounded(model, rounded)
+    with stream_layers(model.eval()) as streamed:
+        if examples is None:
+            rounded = round_at_once(model, formats, fit="mse", streamed=streamed)
+        else:
+            rounded = round_on_data(model, examples.batches, formats, keep=keep, streamed=streamed)
+        model.to(rest)
+        put_rounded(model, rounded)
     facts = {} if examples is None else {"calibration_n": examples.n}
     note_step(model, rounded, method="nearest" if examples is None else "second order", **facts)
     say(f"Rounded in {time.perf_counter() - started:.0f} s; saving and loading again by every way")
@@ -93,6 +98,7 @@ def quantize_folder(
         results["data"] = {"name": data.title or data.name or Path(str(data.train)).name, **facts}
     (output / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_card(output, base_model=None if Path(source).is_dir() else source, checks=checks)
+    return checks
 
 
 def _formats(model: Any, written: str | Mapping[str, str], skip: tuple[str, ...]) -> dict[str, str]:

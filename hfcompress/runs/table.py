@@ -25,7 +25,8 @@ def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     if scored:
         header += [f"{scored[0]['name']} (n={scored[0]['n']})", "95 % interval"]
     header += ["parameters", "MB disk"] + ([] if scored else ["MB memory", "GFLOP"])
-    header += ["latency ms (p10-p90)", "speedup", "of the layers"]
+    header += ["latency ms (p10-p90)", "speedup"]
+    header += [] if rows[0]["latency"].get("compiled") else ["of the layers"]
     lines = [header, *(_cells(row, scored=bool(scored)) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -48,7 +49,8 @@ def _cells(row: dict[str, Any], *, scored: bool) -> list[str]:
         cells += [f"{row['memory_bytes'] / 1e6:.1f}", f"{row['flops_per_input'] / 1e9:.2f}"]
     cells.append(f"{latency['median_ms']:.1f} ({latency['p10_ms']:.1f}-{latency['p90_ms']:.1f})")
     cells.append(f"{row['speedup']['median']:.2f}x" if "speedup" in row else "1.00x")
-    cells.append(f"{row['layers_speedup']['median']:.2f}x" if "layers_speedup" in row else "1.00x")
+    if not latency.get("compiled"):
+        cells.append(f"{row['layers_speedup']['median']:.2f}x" if "layers_speedup" in row else "1.00x")
     return cells
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import jinja2
 import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification
 
 from hfcompress.config import DataConfig
 from hfcompress.tasks.columns import Columns, choose_column, is_list, is_string, text_columns, told
-from hfcompress.tasks.errors import DataError
+from hfcompress.tasks.errors import DataError, first_line
 from hfcompress.tasks.labels import row_count
 from hfcompress.tasks.sources import Source
 from hfcompress.tasks.text import (
@@ -153,9 +154,9 @@ class LanguageInputs(TokenizedInputs):
         if len(texts) > 1:
             raise DataError("data.text: name one column; completions stand in data.label")
         name, label = (texts[0] if texts else None), config.label
-        chats = [other for other, feature in features.items() if _holds_messages(feature)]
+        chats = [other for other, feature in features.items() if holds_messages(feature)]
         if name in chats or (name is None and label is None and chats):
-            options: dict[str, Any] = {"fits": _holds_messages, "wanted": "messages", "customary": MESSAGES}
+            options: dict[str, Any] = {"fits": holds_messages, "wanted": "messages", "customary": MESSAGES}
             return Columns(None, (choose_column("data.text", "messages", features, name=name, **options),))
         folded = {other.casefold() for other in features}
         if label is None and (
@@ -181,7 +182,7 @@ class LanguageInputs(TokenizedInputs):
             require_text(rows, [name, columns.label], where=source.name)
             names = {name: "prompt", columns.label: "completion"}
             return rows.rename_columns({old: new for old, new in names.items() if old != new})
-        if _holds_messages(rows.features[name]):
+        if holds_messages(rows.features[name]):
             short = [row for row, messages in enumerate(rows[name]) if len(messages or ()) < 2]
             if short:
                 raise DataError(f"{source.name}: less than two messages in {row_count(short)}; drop the rows")
@@ -233,7 +234,14 @@ class LanguageInputs(TokenizedInputs):
         return datasets.Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
-def _holds_messages(feature: Any) -> bool:
+def holds_messages(feature: Any) -> bool:
+    """Whether a column holds chats: lists of messages, each with a role and its content.
+
+    Example:
+        >>> string = datasets.Value("string")
+        >>> holds_messages(datasets.List({"role": string, "content": string})), holds_messages(datasets.List(string))
+        (True, False)
+    """
     return is_list(feature) and isinstance(feature.feature, dict) and {"role", "content"} <= set(feature.feature)
 
 
@@ -300,7 +308,7 @@ def tokenize_completions(batch: Mapping[str, Sequence[Any]], *, tokenizer: Any, 
     """
     chats = "messages" in batch
     pairs = (
-        [_write_chat(each, tokenizer) for each in batch["messages"]]
+        [write_chat(each, tokenizer) for each in batch["messages"]]
         if chats
         else zip(batch["prompt"], batch["completion"], strict=True)
     )
@@ -318,14 +326,21 @@ def tokenize_completions(batch: Mapping[str, Sequence[Any]], *, tokenizer: Any, 
     return encoded
 
 
-def _write_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[str, str]:
-    """A chat up to its last message, and that."""
+def write_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[str, str]:
+    """A chat as the template writes it: up to where the last message begins, and the rest with what ends it.
+
+    Raises:
+        DataError: There is no chat template, it refuses the messages, or it writes a chat otherwise when it goes on.
+    """
     if tokenizer.chat_template is None:
         raise DataError(
             "data.text: the tokenizer has no chat template to write messages with; use a model made for chats"
         )
-    prompt = tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    try:
+        prompt = tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    except jinja2.TemplateError as error:
+        raise DataError(f"data.text: the chat template refuses messages: {first_line(error)}") from error
     if not whole.startswith(prompt):
         raise DataError(
             "data.text: the chat template writes a chat otherwise when another message follows; use prompts"

@@ -62,7 +62,7 @@ class WritingInputs(TokenizedInputs):
         if len(told(config.text)) > 1:
             raise DataError("data.text: name one column; the text to write stands in data.label")
         flat = with_parts(features)
-        source, target = (_full_name(name, flat) for name in ((*told(config.text), None)[0], config.label))
+        source, target = (full_name(name, flat) for name in ((*told(config.text), None)[0], config.label))
         options: dict[str, Any] = {"fits": is_string, "wanted": "text"}
         rest = {name: feature for name, feature in flat.items() if name not in (target, source)}
         target = choose_column(
@@ -119,8 +119,13 @@ class WritingInputs(TokenizedInputs):
         return {}
 
 
-def _full_name(name: str | None, features: Mapping[str, Any]) -> str | None:
-    """A language of a column of translations ("en") under its full name ("translation.en")."""
+def full_name(name: str | None, features: Mapping[str, Any]) -> str | None:
+    """A language of a column of translations under its full name; any other name as it is.
+
+    Example:
+        >>> full_name("en", {"translation": None, "translation.en": None}), full_name("a", {"a": None})
+        ('translation.en', 'a')
+    """
     whole = [other for other in features if name is not None and other.endswith(f".{name}")]
     return whole[0] if name not in features and len(whole) == 1 else name
 

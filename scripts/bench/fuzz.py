@@ -577,9 +577,8 @@ def layers_file(draw: Any, material: Material) -> str | None:
     valid = {"layers": {f"bert.encoder.layer.{i}.output.dense": "int4-g32" for i in range(2)}}
     file.write_text(json.dumps(draw(changed(valid))))
     output = str(material.scratch / "out")
-    return command(
-        material, "quantize", str(material.home / "model"), "--layers", str(file), "--output", output, output=output
-    )
+    line = ["quantize", str(material.home / "model"), "--layers", str(file), "--output", output, "--no-measure"]
+    return command(material, *line, output=output)
 
 
 def command_line(draw: Any, material: Material) -> str | None:
@@ -588,7 +587,7 @@ def command_line(draw: Any, material: Material) -> str | None:
 
 
 # Commands that trace graphs or time models take seconds; they come less often.
-_SLOW = {"export", "prune", "sensitivity", "measure", "check", "push", "cache-teacher", "run"}
+_SLOW = {"export", "prune", "quantize", "sensitivity", "measure", "check", "push", "cache-teacher", "run"}
 _QUICK = {"samples": "4", "length": "8", "batch": "2", "threads": "1", "rounds": "3", "max_eval": "4", "device": "cpu"}
 
 
@@ -637,7 +636,7 @@ def values_of(draw: Any, action: argparse.Action, material: Material, *, clean: 
     here, scratch = material.home, material.scratch
     folders = [str(here / name) for name in ("model", "pruned")]
     files = [str(here / name) for name in ("films.csv", "films.jsonl", "texts.txt")]
-    outputs = [str(scratch / "out"), str(scratch / "a" / "b" / "out")]
+    outputs = [str(scratch / "out"), str(scratch / "out.jsonl"), str(scratch / "a" / "b" / "out")]
     names = {
         **dict.fromkeys(("model", "models", "teacher", "folder", "folders", "baseline"), folders),
         **dict.fromkeys(("data", "eval"), files),

@@ -62,7 +62,7 @@ COMMANDS: dict[str, list[str]] = {
         ),
         *("--device", "cpu", "--output", "OUT"),
     ],
-    "quantize": ["quantize", "model", "--preset", "int8", "--output", "OUT"],
+    "quantize": ["quantize", "model", "--preset", "int8", "--output", "OUT", "--no-measure"],
     "quantize on data": [
         *(
             "quantize",
@@ -77,6 +77,7 @@ COMMANDS: dict[str, list[str]] = {
             "8",
             "--output",
             "OUT",
+            "--no-measure",
         ),
     ],
     "student": ["student", "model", "OUT", "--neurons", "4"],

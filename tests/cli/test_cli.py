@@ -24,6 +24,7 @@ COMMANDS = (
     "sensitivity",
     "student",
     "cache-teacher",
+    "write-targets",
     "measure",
     "inspect",
     "report",
@@ -60,7 +61,7 @@ def test_help_teaches_and_imports_nothing_heavy():
     )
     found, heavy = json.loads(done.stdout)
     assert heavy == []
-    assert len(found) == 15 and {status for status, _ in found.values()} == {0}
+    assert len(found) == 16 and {status for status, _ in found.values()} == {0}
     for command, (_, text) in found.items():
         assert re.search(rf"examples?:\n  hfcompress {command}", text), command
     assert all(f"hfcompress {name} " in found[""][1] or name in NOT_IN_THE_EPILOG for name in COMMANDS)
@@ -262,7 +263,7 @@ def test_measure_a_repository(pruned, local_hub, capsys):
 
 
 def test_quantize_writes_a_folder_that_loads(pruned, capsys, fail):
-    assert main(["quantize", str(pruned), "--preset", "nf4-dq"]) == 0
+    assert main(["quantize", str(pruned), "--preset", "nf4-dq", "--no-measure"]) == 0
     target = pruned.with_name("pruned-nf4-dq")
     assert re.fullmatch(
         rf"{re.escape(str(target))}: 0\.\d MB \(before: 0\.\d MB\); loads again\n", capsys.readouterr().out
@@ -279,7 +280,7 @@ def test_quantize_writes_a_folder_that_loads(pruned, capsys, fail):
 
 def test_quantize_with_options(pruned, tmp_path, capsys):
     target = tmp_path / "small"
-    options = ["--output", str(target), "--skip", "bert.encoder.layer.0", "--dtype", "bfloat16"]
+    options = ["--output", str(target), "--skip", "bert.encoder.layer.0", "--dtype", "bfloat16", "--no-measure"]
     assert main(["quantize", f"{pruned}/", "--preset", "int8", *options]) == 0
     model = hfcompress.load(target)
     assert model.classifier.weight.dtype == torch.bfloat16

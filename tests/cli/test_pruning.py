@@ -174,7 +174,7 @@ def test_inspect_says_what_is_left_of_layers_and_features(tmp_path, capsys):
 
 
 def test_messages_name_options_and_leave_file_names_alone(tmp_path, fail, monkeypatch):
-    from hfcompress.cli.arguments import _as_options
+    from hfcompress.cli.arguments import _OPTIONS, _as_options
 
     said = {
         "data.train: 'data.train.csv' is gone": "--data: 'data.train.csv' is gone",
@@ -183,7 +183,7 @@ def test_messages_name_options_and_leave_file_names_alone(tmp_path, fail, monkey
         "/tmp/data.text/x and my-data.text": "/tmp/data.text/x and my-data.text",
         "data: a column is named twice": "data: a column is named twice",
     }
-    assert {text: _as_options(text) for text in said} == said
+    assert {text: _as_options(text, _OPTIONS) for text in said} == said
 
 
 def test_a_pruned_model_keeps_its_type(material, tmp_path, capsys):

@@ -30,9 +30,10 @@ def saved(tmp_path):
     return tmp_path, tokenizer
 
 
-def run(folder, *arguments):
+def run(folder, *arguments, measure=False):
+    arguments = [*map(str, arguments), *([] if measure else ["--no-measure"])]
     try:
-        return main(["quantize", str(folder / "teacher"), *map(str, arguments)])
+        return main(["quantize", str(folder / "teacher"), *arguments])
     except SystemExit as end:
         return end.code
 
@@ -97,6 +98,12 @@ def test_a_format_for_each_layer(saved, capsys):
         (["--preset", "int3", "--data", "nothing.csv"], "nothing.csv"),
         (["--preset", "int3", "--storage", "bfloat16"], "--storage is for a preset of bitsandbytes without --data"),
         (["--preset", "nf4", "--keep", "kept"], "--keep is for --data"),
+        (["--preset", "int8-dynamic", "--keep", "kept", "--data", "films.csv"], "--keep is for --data"),
+        (["--preset", "nf4", "--eval", "films.csv"], "--eval is what is scored on; leave out it or --no-measure"),
+        (
+            ["--preset", "nf4", "--label", "label"],
+            "--text, --image and --label are columns of --data and --eval; give one",
+        ),
         (["--layers", "films.csv"], "does not say how layers are written"),
         (["--preset", "int3", "--skip", "no.such"], "not a module"),
         (["--preset", "int3", "--output", "teacher"], "is not empty; give another --output"),
@@ -117,6 +124,9 @@ def test_a_quantized_model_is_not_quantized_again(saved, capsys, caplog):
     folder, _ = saved
     caplog.set_level(logging.ERROR)
     assert run(folder, "--preset", "int3-g8", "--output", folder / "out") == 0
-    assert main(["quantize", str(folder / "out"), "--preset", "int2", "--output", str(folder / "again")]) == 2
+    assert (
+        main(["quantize", str(folder / "out"), "--preset", "int2", "--output", str(folder / "again"), "--no-measure"])
+        == 2
+    )
     assert "is quantized already" in capsys.readouterr().err
     assert not (folder / "again").exists()

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import hfcompress
 from hfcompress.anatomy import find_sites
+from hfcompress.config import MeasureConfig
 from hfcompress.measurement import compare_latency, example_inputs, memory_bytes
 from hfcompress.pruning import Gates, Plan, cut
-from hfcompress.quantization import PRESETS
+from hfcompress.quantization import DYNAMIC, PRESETS
+from hfcompress.quantization.dynamic import is_dynamic
+from hfcompress.runs.evaluation import measure_folders
 from tests.families import CONFIGS, make_inputs, make_model, predictions, task_class
 from tests.quantization.test_quantize import by_hand, quantized_modules, relative
 
@@ -72,6 +76,49 @@ def test_quantized_model_saves_and_reloads(name: str, auto: str, preset: str, pr
     again = hfcompress.load(tmp_path / "small")
     torch.testing.assert_close(outputs(again, inputs), first, rtol=1e-3, atol=1e-3)
     assert memory_bytes(again) == memory_bytes(quantized)
+
+
+@pytest.mark.parametrize("preset", DYNAMIC)
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "t5", "clip"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_what_torchao_multiplies_saves_reloads_and_compiles(
+    name: str, preset: str, pruned: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    if preset == "fp8-dynamic" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no GPU that multiplies fp8")
+    model = make_model(name, task_class(name))
+    inputs = make_inputs(name, task_class(name))
+    if pruned:
+        cut(model, uneven_plan(model))
+    model.save_pretrained(tmp_path / "full")
+    full = outputs(model.cuda(), inputs)
+    small = hfcompress.quantize(tmp_path / "full", preset)
+    inputs = {key: value.to(small.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    assert {p.device.type for p in small.parameters()} == {"cuda"}
+    assert any(is_dynamic(module) for module in small.modules())
+    first = outputs(small, inputs)
+    assert 0 < relative(first, full) < (0.1 if preset == "int8-dynamic" else 0.35)
+    small.save_pretrained(tmp_path / "small")
+    again = hfcompress.load(tmp_path / "small").cuda()
+    torch.testing.assert_close(outputs(again, inputs), first, rtol=1e-3, atol=1e-3)
+    assert memory_bytes(again) == memory_bytes(small) < memory_bytes(model)
+    assert relative(outputs(torch.compile(again), inputs), first) < 0.05
+
+
+@pytest.mark.parametrize("preset", DYNAMIC)
+def test_what_torchao_multiplies_is_faster_than_what_is_whole(preset: str, tmp_path: Path) -> None:
+    """Wide layers and many tokens, where products take the time."""
+    pytest.importorskip("torchao")
+    if preset == "fp8-dynamic" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no GPU that multiplies fp8")
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 16}
+    model = BertModel(BertConfig(**sizes, vocab_size=100)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "full")
+    hfcompress.quantize(tmp_path / "full", preset).save_pretrained(tmp_path / "small")
+    folders = {"full": tmp_path / "full", "small": tmp_path / "small"}
+    rows = measure_folders(folders, None, MeasureConfig(batch=64, length=256, device="cuda", compile=True))
+    assert rows[1]["speedup"]["median"] > 1.05 and rows[1]["latency"]["compiled"]
 
 
 @pytest.mark.parametrize("preset", ["int8", "nf4-dq"])

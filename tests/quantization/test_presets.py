@@ -120,6 +120,8 @@ def test_what_each_preset_says():
         "fp4": (4, "fp4", False),
         "fp4-dq": (4, "fp4", True),
     }
-    with pytest.raises(ValueError, match=r"^no preset 'nf5'; there are int8, nf4, nf4-dq, fp4, fp4-dq$"):
+    with pytest.raises(
+        ValueError, match=r"^no preset 'nf5'; there are int8, nf4, nf4-dq, fp4, fp4-dq, int8-dynamic, fp8-dynamic$"
+    ):
         make_config("nf5", skip=[])
     assert PRESETS["int8"] == {"load_in_8bit": True, "llm_int8_threshold": 6.0}  # making configs changes nothing

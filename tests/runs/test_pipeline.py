@@ -550,3 +550,26 @@ def test_variants_in_schemes_of_our_own_rounded_on_data(finished, material, tmp_
         (step,) = [step for step in read_steps(hfcompress.load(folder).config) if step["step"] == "quantize"]
         assert step["method"] == "second order" and step["calibration_n"] == 16 and step["layers"].keys() == {name}
     assert not list((tmp_path / "run").glob(".*-layers"))
+
+
+def test_a_variant_of_torchao(finished, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(verify, "_run_child", all_fine)
+    recipe = recipe_for(
+        {"data": {"train": str(tmp_path / "films.csv"), "label": "verdict"}},
+        tmp_path / "run",
+        model=None,
+        teacher={"name": str(finished[0] / "teacher")},
+        quantize={"presets": ["int8-dynamic"]},
+        distill=None,
+        prune=None,
+    )
+    rows = [("a good film", "fine"), ("a bad film", "poor")] * 10
+    (tmp_path / "films.csv").write_text("said,verdict\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    rows = run_recipe(recipe, command="the test")
+    assert [entry["name"] for entry in rows] == ["teacher", "teacher + int8-dynamic"]
+    folder = tmp_path / "run" / "student-int8-dynamic"
+    (step,) = [step for step in read_steps(hfcompress.load(folder).config) if step["step"] == "quantize"]
+    assert (step["preset"], step["layers"]) == ("int8-dynamic", 6)
+    assert "6 linear layers with torchao (int8-dynamic)" in (folder / "README.md").read_text()
+    assert "torchao" in read_results(folder)["versions"]

@@ -266,7 +266,6 @@ def test_broken_weights_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_saves_and_stops(tmp_path: Path, whole: torch.Tensor) -> None:
-    before = signal.getsignal(signal.SIGINT)
     status, errors = run(tmp_path, "interrupt", 3)
     assert status == 130, errors
     assert "stopping: a checkpoint is written after this step" in errors

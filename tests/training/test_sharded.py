@@ -81,6 +81,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "prune": {"schedule": {"name": "constant", "start": 0.2}},
     },
     "qat": ROUNDED,
+    "bf16": {**COMPARED["live"], "bf16": True},
     **COMPARED,
 }
 
@@ -227,6 +228,15 @@ def test_rounded_weights_are_those_of_one_process(folder: Path, tmp_path: Path) 
         same = (module.weight - theirs.get_submodule(name).weight).abs() < 1e-5
         assert same.float().mean() > 0.99
     assert everything(theirs).isfinite().all()
+
+
+def test_computing_in_bf16_comes_near(folder: Path) -> None:
+    found, exact = (read_facts(folder, job) for job in ("bf16", "live"))
+    assert found["same_digests"]
+    losses = [[entry["loss"] for entry in one["log"] if "loss" in entry] for one in (found, exact)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert found["eval"] == pytest.approx(exact["eval"], rel=0.05)
+    assert {p.dtype for p in hfcompress.load(folder / "bf16" / "final").parameters()} == {torch.float32}
 
 
 # ---- without processes ----
