@@ -236,7 +236,9 @@ def test_computing_in_bf16_comes_near(folder: Path) -> None:
     losses = [[entry["loss"] for entry in one["log"] if "loss" in entry] for one in (found, exact)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
     assert found["eval"] == pytest.approx(exact["eval"], rel=0.05)
-    assert {p.dtype for p in hfcompress.load(folder / "bf16" / "final").parameters()} == {torch.float32}
+    # DeepSpeed keeps the 32 bits with the optimizer and saves what it computes in, with a plain Trainer too.
+    saved = torch.float32 if "fsdp2" in folder.name else torch.bfloat16
+    assert {p.dtype for p in hfcompress.load(folder / "bf16" / "final").parameters()} == {saved}
 
 
 # ---- without processes ----
