@@ -102,9 +102,7 @@ def cache_teacher(
         DataError: The data cannot be used.
         CacheError: See `write_cache`.
     """
-    model = load(teacher)
-    if is_movable(model):
-        model = model.to(own_device(device))
+    model = load_teacher(teacher, device)
     reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
     if not reads_text and getattr(model, "quantization_method", None) is None:
         model = model.float()  # pixels and sound come in 32 bits
@@ -168,8 +166,20 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def own_device(name: str) -> torch.device:
-    """The device that a name stands for; of several GPUs the one of this process."""
+def load_teacher(teacher: str, device: str) -> Any:
+    """Load a saved model, in the precision it was saved in, onto a device; of several GPUs onto the one of this process.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    where = _own_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # bitsandbytes puts what it loads on the current one
+    model = load(teacher)
+    return model.to(where) if is_movable(model) else model
+
+
+def _own_device(name: str) -> torch.device:
     device = device_of(name)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -256,10 +256,24 @@ def _with_base(folder: Path) -> int:
 
 
 def device_of(name: str) -> torch.device:
-    """The device that a recipe names; "auto" is the GPU if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that a recipe names; "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: There is no such device here.
+
+    Example:
+        >>> device_of("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()  # also asks whether it can hold something
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ValueError(f"device {name!r} cannot be used here; give auto or one of {', '.join(there)}") from error
+    return device
 
 
 def _on(model: nn.Module, device: torch.device) -> nn.Module:

@@ -22,11 +22,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from hfcompress.checkpoints.io import load, model_class
+from hfcompress.checkpoints.io import model_class
 from hfcompress.checkpoints.staging import require_writable, staged_file
 from hfcompress.config import DataConfig
-from hfcompress.distillation import Teacher, generate_targets, load_targets
-from hfcompress.runs.caching import own_device, processes
+from hfcompress.distillation import generate_targets, load_targets
+from hfcompress.runs.caching import load_teacher, processes
 from hfcompress.tasks.columns import choose_column, is_string, told, with_parts
 from hfcompress.tasks.errors import DataError
 from hfcompress.tasks.labels import row_count
@@ -129,8 +129,7 @@ def write_targets(
     rows = read_examples(data, task=task, seed=seed)
     prompts = encode_examples(rows, tokenizer=tokenizer, data=data, model_config=config, new_tokens=new_tokens)
     with _meeting(world_size) as wait_for_all:
-        model: Any = load(teacher)
-        Teacher(model).to(own_device(device))
+        model = load_teacher(teacher, device)
         settings = model.generation_config
         settings.eos_token_id = end_tokens(settings.eos_token_id, tokenizer, is_chat="messages" in rows.column_names)
         logger.info(

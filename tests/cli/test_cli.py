@@ -255,6 +255,13 @@ def test_measure(pruned, tmp_path, capsys):
     assert len(lines) == 2 and lines[0].split()[0] == "model" and lines[1].startswith(str(pruned))
 
 
+@pytest.mark.parametrize("device", ["cuda:7", "toaster", "meta"])
+def test_a_device_that_is_not_here(device, pruned, fail, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = f"device {device!r} cannot be used here; give auto or one of cpu, cuda:0, cuda:1"
+    assert fail("measure", pruned, "--device", device) == f"hfcompress: {message}"
+
+
 def test_measure_a_repository(pruned, local_hub, capsys):
     files = {path.name: path.read_bytes() for path in pruned.iterdir()}
     local_hub.create_repo("tester/small", files=files)
