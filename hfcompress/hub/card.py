@@ -107,6 +107,8 @@ def write_card(
     own = next((row for row in rows if row.get("folder") == "."), None)
     clauses = judge(contract_of(results), own) if own and results.get("contract") else []
     classes = class_changes(rows[0], own) if own and own is not rows[0] else []
+    words = words_of_rows(results)
+    notes = words.pop("notes")
     card = ModelCard.from_template(
         _card_data(config, results, name=name, steps=steps, base_model=base_model, metadata=metadata),
         template_path=str(_TEMPLATE),
@@ -132,7 +134,8 @@ def write_card(
         scores=", ".join(f"{name} {value:.4g}" for name, value in (scores or {}).items()),
         command=command_without_paths(results.get("command")),
         version=hfcompress.__version__,
-        **words_of_rows(results),
+        **{key: word and _cell(word) for key, word in words.items()},
+        notes=[_cell(note) for note in notes],
     )
     path = folder / "README.md"
     card.save(path)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import runpy
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -45,13 +43,13 @@ METRICS = {
 def in_this_process(tmp_path_factory, monkeypatch):
     """Measures here and takes loading for granted: both are tested in processes of their own elsewhere."""
 
-    def measure(arguments, **_):
-        monkeypatch.setattr(sys, "argv", arguments[2:])
+    def measure(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
         measure_saved.main()
-        return subprocess.CompletedProcess(arguments, 0)
+        return True
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=measure))
+    monkeypatch.setattr(pipeline, "run_fresh", measure)
     monkeypatch.setattr(verify, "_run_child", all_fine)
 
 
