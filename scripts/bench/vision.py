@@ -5,6 +5,9 @@
 There is no pretrained vision model among the packages, so the teacher is trained from nothing, once: it is kept under --output and used
 again. Beside the student stands a control: the teacher, trained on for the same epochs without pruning or distillation. Writes
 scripts/bench/results/vision.json.
+
+With --half the student is every second layer of the teacher, and the control the same trained on labels alone; each with as many seeds as
+--seeds says. Writes scripts/bench/results/vision_half.json.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import copy
 import json
 import logging
 import resource
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -24,10 +28,10 @@ import transformers
 from datasets import load_dataset
 from facts import run_facts
 from torch.utils.data import Dataset
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from hfcompress import CompressionTrainer, PlainTrainer, Recipe
-from hfcompress.anatomy import find_sites
+from hfcompress import CompressionTrainer, DistillationTrainer, PlainTrainer, Recipe
+from hfcompress.anatomy import drop_layers, find_sites
 from hfcompress.measurement import (
     accuracy,
     compare_latency,
@@ -39,7 +43,7 @@ from hfcompress.measurement import (
 from hfcompress.measurement.costs import flops_costs
 from hfcompress.runs.arguments import training_arguments
 
-RESULTS = Path(__file__).resolve().parent / "results" / "vision.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 MODEL = {
     "hidden_size": 192,
     "num_hidden_layers": 6,
@@ -60,6 +64,7 @@ TRAIN = {
 TEACHER = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
 STUDENT = {"learning_rate": 5e-4, "lr_scheduler_type": "cosine"}
 BATCH = 32  # of which time is measured
+HIDDEN_WEIGHT = 1.0  # of the hidden states with --half
 POINTS = 1.0  # that the student may be below the teacher
 CHANNEL_MEANS, CHANNEL_DEVIATIONS = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
@@ -113,6 +118,8 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=2.0, help="times faster than the teacher's layers")
     parser.add_argument("--teacher-epochs", type=int, default=14)
     parser.add_argument("--epochs", type=int, default=4, help="of the student")
+    parser.add_argument("--half", action="store_true", help="distil into half of the layers, and prune nothing")
+    parser.add_argument("--seeds", type=int, default=3, help="of each student with --half")
     parser.add_argument("--max-steps", type=int, help="train so many steps only, to try the benchmark: nothing is kept")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -121,13 +128,14 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    result = run(options) | {
+    result = (halve(options) if options.half else run(options)) | {
         "wall_s": round(time.perf_counter() - started, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     if options.max_steps is None:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path = RESULTS / ("vision_half.json" if options.half else "vision.json")
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result["figures"], indent=2))
 
 
@@ -173,6 +181,70 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def halve(options: argparse.Namespace) -> dict[str, Any]:
+    """Students with half of the layers: on labels alone, and distilled."""
+    output, train, test = Path(options.output), read(options.train, augment=True), read(options.eval, augment=False)
+    teacher, facts = find_teacher(options, output / "teacher", train)
+    student = copy.deepcopy(teacher)
+    drop_layers(student, {"encoder": tuple(range(1, MODEL["num_hidden_layers"], 2))})
+    recipe = Recipe.from_dict(
+        {
+            "distill": {
+                "task": {"weight": 0.5},
+                "logits": {"weight": 0.5, "temperature": 2.0},
+                "hidden": {"weight": HIDDEN_WEIGHT},
+            },
+            "train": TRAIN | STUDENT | {"num_train_epochs": options.epochs} | limit(options),
+        }
+    )
+    found: dict[str, list[float]] = {"labels": [], "distilled": []}
+    for seed in range(options.seeds):
+        settings: dict[str, Any] = {
+            "args": training_arguments(output / "checkpoints", recipe.train, seed=seed),
+            "train_dataset": train,
+        }
+        plain = PlainTrainer(copy.deepcopy(student), **settings)
+        distilled = DistillationTrainer(
+            copy.deepcopy(student), teacher=copy.deepcopy(teacher), recipe=recipe, **settings
+        )
+        for name, trainer in (("labels", plain), ("distilled", distilled)):
+            transformers.set_seed(seed)
+            trainer.train()
+            right = predict(trainer.model.eval(), test) == test.labels.numpy()
+            found[name].append(100 * float(right.mean()))
+            print(f"seed {seed}, {name}: {found[name][-1]:.2f}", flush=True)
+    means = {name: statistics.mean(values) for name, values in found.items()}
+    return {
+        **run_facts(seed=0),
+        "data": {"name": "CIFAR-10, parts of it", "train_n": len(train), "n": len(test)},
+        "teacher": facts,
+        "recipe": recipe.model_dump(include={"distill", "train"}, exclude_none=True),
+        "figures": {
+            "teacher_accuracy": {
+                "value": 100 * float((predict(teacher, test) == test.labels.numpy()).mean()),
+                "unit": "%",
+                "spread": None,
+                "goal": None,
+                "met": None,
+            },
+            "labels_accuracy": {
+                "value": means["labels"],
+                "unit": f"%, mean of {options.seeds} seeds",
+                "spread": found["labels"],
+                "goal": None,
+                "met": None,
+            },
+            "distilled_accuracy": {
+                "value": means["distilled"],
+                "unit": f"%, mean of {options.seeds} seeds",
+                "spread": found["distilled"],
+                "goal": "> labels_accuracy",
+                "met": means["distilled"] > means["labels"],
+            },
+        },
+    }
+
+
 def limit(options: argparse.Namespace) -> dict[str, int]:
     return {} if options.max_steps is None else {"max_steps": options.max_steps}
 
@@ -200,6 +272,8 @@ def find_teacher(options: argparse.Namespace, folder: Path, train: Images) -> tu
     }
     if options.max_steps is None:
         trainer.model.save_pretrained(folder)
+        side = {"height": MODEL["image_size"], "width": MODEL["image_size"]}
+        ViTImageProcessor(size=side, image_mean=CHANNEL_MEANS, image_std=CHANNEL_DEVIATIONS).save_pretrained(folder)
         notes.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return trainer.model.eval(), facts
 
