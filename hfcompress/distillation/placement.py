@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 from unittest import mock
@@ -34,6 +34,8 @@ from hfcompress.measurement import example_inputs, memory_bytes
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "nf4", "nf4-dq"]
 Sharding = Literal["none", "zero2", "zero3", "fsdp"]
+# Where parameters are in shards, a teacher that takes no more than this share of the free memory stays whole: then no step waits for it.
+WHOLE_SHARE = 0.2
 
 _WIDTHS: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MIXED = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -396,7 +398,7 @@ def available_bytes(device: torch.device | str, *, local_world_size: int = 1) ->
 
 def plan_placement(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | Sequence[PreTrainedModel] | None,
     *,
     batch: int,
     length: int | None = None,
@@ -418,7 +420,8 @@ def plan_placement(
 
     Args:
         student: The student; on the meta device, nothing is needed of it but its shapes.
-        teacher: The teacher, likewise; None if there is none, or its outputs are cached.
+        teacher: The teacher, likewise; several of them, which answer one after the other, go to one place; None if there is none, or its
+            outputs are cached.
         batch: Examples in a batch of one process.
         length: Tokens per example, the longest there is; None for images.
         optim: As in `TrainingArguments.optim`.
@@ -482,13 +485,15 @@ def plan_placement(
         fits=True,
         reason="there is no teacher to place",
     )
-    if teacher is not None:
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, PreTrainedModel) else list(teacher)
+    if teachers:
         host = room if device.type == "cpu" else host_memory_bytes
         if host is None:
             host = available_bytes("cpu", local_world_size=local_world_size)
-        teacher_inputs = example_inputs(teacher, batch=batch, length=length)
-        work = activation_bytes(teacher, teacher_inputs, train=False, **settings)
-        plan = _place(replace(plan, teacher_activation_bytes=work), teacher, host)
+        given = [(model, example_inputs(model, batch=batch, length=length)) for model in teachers]
+        work = max(activation_bytes(model, inputs, train=False, **settings) for model, inputs in given)
+        parts = world_size if sharding in ("zero3", "fsdp") else 1
+        plan = _place(replace(plan, teacher_activation_bytes=work), teachers, host, parts=parts)
     if _missing(plan) <= 0:
         return plan
     advice = _advice(plan, batch)
@@ -505,23 +510,32 @@ def _missing(plan: Placement) -> int:
     return plan.total_bytes - int(plan.available_bytes * _USABLE)
 
 
-def _place(plan: Placement, teacher: PreTrainedModel, host_bytes: int) -> Placement:
-    """The first way to have the teacher that fits; the smallest if none does."""
-    own = cast(Precision, str(teacher.dtype).removeprefix("torch."))
+def _place(plan: Placement, teachers: Sequence[PreTrainedModel], host_bytes: int, *, parts: int) -> Placement:
+    """The first way to have the teachers that fits; the smallest if none does. Large ones are divided into `parts`, unless quantized."""
+    one = len(teachers) == 1
+    named, stay, go, be = ("the teacher", "stays", "goes", "is") if one else ("the teachers", "stay", "go", "are")
+    fit = "it fits" if one else "they fit"
+    own = cast(
+        Precision,
+        str(max((model.dtype for model in teachers), key=lambda dtype: dtype.itemsize)).removeprefix("torch."),
+    )
     smaller: tuple[Precision, ...] = ("bfloat16", "int8", "nf4") if own == "float32" else ("int8", "nf4")
     first: Placement | None = None
     for precision in (own, *smaller):
         try:
-            loaded = weight_bytes(teacher, precision)
+            sizes = [weight_bytes(model, precision) for model in teachers]
         except StructureError:  # where its layers are is not known, so they are not quantized
             break
-        tried = replace(plan, teacher_bytes=loaded, teacher_precision=precision, teacher_device=plan.device)
+        if precision not in ("int8", "nf4"):
+            large = int(plan.available_bytes * WHOLE_SHARE)
+            sizes = [size // parts if size > large else size for size in sizes]
+        tried = replace(plan, teacher_bytes=sum(sizes), teacher_precision=precision, teacher_device=plan.device)
         first = first or tried
         if _missing(tried) <= 0:
             if tried is first:
-                return replace(tried, reason=f"the teacher stays on {plan.device} in {own} because it fits")
+                return replace(tried, reason=f"{named} {stay} on {plan.device} in {own} because {fit}")
             return replace(
-                tried, reason=f"the teacher is loaded in {precision}: {own} is {_said(_missing(first))} too much"
+                tried, reason=f"{named} {be} loaded in {precision}: {own} is {_said(_missing(first))} too much"
             )
     assert first is not None
     on_host = replace(first, teacher_device="cpu")
@@ -530,7 +544,7 @@ def _place(plan: Placement, teacher: PreTrainedModel, host_bytes: int) -> Placem
         if needed <= int(host_bytes * _USABLE):
             return replace(
                 on_host,
-                reason=f"the teacher goes to the cpu in {own}: on {plan.device} even {tried.teacher_precision} is {_said(_missing(tried))} too much",
+                reason=f"{named} {go} to the cpu in {own}: on {plan.device} even {tried.teacher_precision} is {_said(_missing(tried))} too much",
             )
     return tried
 

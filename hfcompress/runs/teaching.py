@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import str_to_bool
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfcompress.checkpoints.damage import damage_named
 from hfcompress.checkpoints.io import load, model_class
@@ -25,6 +27,7 @@ from hfcompress.distillation import (
     plan_placement,
 )
 from hfcompress.distillation.cache_writing import in_bytes
+from hfcompress.distillation.placement import Sharding
 from hfcompress.measurement.memory import memory_named
 from hfcompress.quantization import quantize
 from hfcompress.runs.caching import cache_task
@@ -59,7 +62,7 @@ def open_teachers(recipe: Recipe, folder: Path, student: nn.Module, args: Any, t
     if config.average is not None:
         return AverageTeacher(decay=config.average)
     names = config.names if len(config.names) > 1 else [str(folder)]
-    plan = _place(names[0], student, args, cached=config.cache, length=task.max_length)
+    plan = _place(names, student, args, cached=config.cache, length=task.max_length)
     teachers = [_open(name, config, plan, args, task.label_columns) for name in names]
     teacher = teachers[0]
     if len(teachers) > 1:
@@ -69,15 +72,17 @@ def open_teachers(recipe: Recipe, folder: Path, student: nn.Module, args: Any, t
     return _cached(teacher, recipe.distill, student, args, task, output / CACHE_FOLDER)
 
 
-def _place(name: str, student: nn.Module, args: Any, *, cached: bool, length: int | None) -> Placement:
-    """Count what the run takes in each process, from configs alone, and say where the teacher goes."""
-    cls, teacher_config = model_class(name)
-    with damage_named(name), torch.device("meta"):
-        teacher = cls._from_config(teacher_config)
+def _place(names: Sequence[str], student: nn.Module, args: Any, *, cached: bool, length: int | None) -> Placement:
+    """Count what the run takes in each process, from configs alone, and say where the teachers go."""
+    teachers = []
+    for name in names:
+        cls, teacher_config = model_class(name)
+        with damage_named(name), torch.device("meta"):
+            teachers.append(cls._from_config(teacher_config))
     state = PartialState()
     plan = plan_placement(
         student,  # type: ignore[arg-type]
-        None if cached else teacher,
+        None if cached else teachers,
         batch=args.per_device_train_batch_size,
         length=length,
         optim=str(getattr(args.optim, "value", args.optim)),
@@ -85,10 +90,20 @@ def _place(name: str, student: nn.Module, args: Any, *, cached: bool, length: in
         gradient_checkpointing=bool(getattr(args, "gradient_checkpointing", False)),
         world_size=state.num_processes,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        sharding=_sharding(),
         device=args.device,
     )
     logger.info("%s", plan.describe())
     return plan
+
+
+def _sharding() -> Sharding:
+    """What will be in shards, as a launcher and the training arguments say; there is no trainer yet to ask."""
+    if is_deepspeed_zero3_enabled():
+        return "zero3"
+    if str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")):
+        return "zero2"
+    return "fsdp" if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) else "none"
 
 
 def _open(name: str, config: TeacherConfig, plan: Placement, args: Any, label_names: Sequence[str]) -> Teacher:

@@ -27,14 +27,12 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from hfcompress.anatomy import StructureError, find_layers
-from hfcompress.distillation.placement import Sharding, available_bytes, weight_bytes
+from hfcompress.distillation.placement import WHOLE_SHARE, Sharding, available_bytes, weight_bytes
 from hfcompress.distillation.teachers import without_adapters
 from hfcompress.training.checkpointing import CheckpointingMixin
 
 logger = logging.getLogger(__name__)
 
-# A teacher that takes no more than this share of the free memory stays whole: then no step waits for its weights.
-_WHOLE_SHARE = 0.2
 _NAMES = {"fsdp": "FSDP", "zero2": "DeepSpeed", "zero3": "DeepSpeed ZeRO-3"}
 APART_FILE = "hfcompress_optimizer.pt"
 PLAIN = "plain data parallelism (configs/accelerate/ddp.yaml)"
@@ -303,7 +301,7 @@ def _is_large(model: nn.Module, device: torch.device) -> bool:
         return False  # packed weights have no shards
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     room = available_bytes(device, local_world_size=local)
-    decision = [weight_bytes(without_adapters(model)) > _WHOLE_SHARE * room]
+    decision = [weight_bytes(without_adapters(model)) > WHOLE_SHARE * room]
     torch.distributed.broadcast_object_list(decision, src=0)
     return decision[0]
 

@@ -313,6 +313,33 @@ def test_what_processes_share():
     )
 
 
+def test_a_large_teacher_is_divided_where_parameters_are():
+    student, teacher = lm(1), lm(16)
+    size = weight_bytes(teacher)
+    settings = {"batch": 2, "length": 16, "world_size": 4}
+    for name, room, expected in (
+        ("fsdp", 5 * size + 5, size),
+        ("fsdp", 5 * size - 5, size // 4),
+        ("zero3", 5 * size - 5, size // 4),
+        ("zero2", 5 * size - 5, size),
+    ):
+        plan = plan_placement(student, teacher, **settings, sharding=name, device_memory_bytes=room)
+        assert plan.fits and (plan.teacher_bytes, plan.teacher_precision) == (expected, "float32")
+
+
+def test_several_teachers_are_counted_together():
+    student, teachers = lm(2), [lm(3), lm(4, torch.float16)]
+    settings = {"batch": 2, "length": 16}
+    alone = [plan_placement(student, model, **settings, device_memory_bytes=10**9) for model in teachers]
+    both = plan_placement(student, teachers, **settings, device_memory_bytes=10**9)
+    in_float = weight_bytes(teachers[0], "float32") + weight_bytes(teachers[1], "float32")
+    assert (both.teacher_bytes, both.teacher_precision) == (in_float, "float32")
+    assert both.teacher_activation_bytes == max(plan.teacher_activation_bytes for plan in alone)
+    assert both.reason == "the teachers stay on cpu in float32 because they fit"
+    room = int(both.total_bytes / 0.9) - 10
+    assert plan_placement(student, teachers, **settings, device_memory_bytes=room).teacher_precision == "bfloat16"
+
+
 def test_the_sum_is_of_what_is_said():
     plan = plan_placement(lm(2), lm(4), batch=2, length=16, device_memory_bytes=10**9, optim="adafactor", world_size=2)
     parts = ("student", "gradient", "bucket", "optimizer", "activation", "teacher", "teacher_activation")
