@@ -11,10 +11,11 @@
 * bitsandbytes: on CPUs with AVX512, version 0.50 reads 4-bit weights wrong, without an error, where the input width is a
   multiple of 16 and none of the block size (64), such as 96, which pruned layers have. They are read as one long row
   instead, which is right.
-* torchao, as transformers 5.23 calls it: models without one table of input embeddings (CLIP, Wav2Vec2) cannot be quantized; what is
-  saved of a model that has a parameter of its own, outside of its modules (BART, CLIP), does not load again; and what was loaded cannot
-  be saved. The first is passed over, the second left out of the list of what is quantized, where it does not belong, and for the third
-  the step that cannot be turned round is forgotten.
+* torchao, as transformers 5.23 calls it: models without one table of input embeddings (CLIP, Wav2Vec2) cannot be quantized, and what is
+  saved of a model that has a parameter of its own, outside of its modules (BART, CLIP), does not load again. The first is passed over, the
+  second left out of the list of what is quantized, where it does not belong.
+* bitsandbytes and torchao, as transformers 5.23 calls them: what was loaded cannot be saved again. The step of loading that cannot be turned
+  round is forgotten; nothing has to be turned round.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from typing import Any
 
 import wrapt
 
+# Steps of loading quantized weights that transformers cannot turn round.
+_ONE_WAY = ("Bnb4bitDeserialize", "Bnb8bitDeserialize", "TorchAoDeserialize")
+
 
 def install() -> None:
     """Register the changes; each is made when its library is imported, or now if it already is. Doing it twice is safe."""
@@ -34,6 +38,10 @@ def install() -> None:
     wrapt.register_post_import_hook(register_quantizer, "transformers.quantizers.auto")
     wrapt.register_post_import_hook(patch_bitsandbytes, "bitsandbytes.nn.modules")
     wrapt.register_post_import_hook(patch_torchao_quantizer, "transformers.quantizers.quantizer_torchao")
+    for bits in (4, 8):
+        wrapt.register_post_import_hook(
+            patch_bitsandbytes_quantizer, f"transformers.quantizers.quantizer_bnb_{bits}bit"
+        )
     wrapt.register_post_import_hook(patch_torchao_loading, "transformers.integrations.torchao")
     # One line per int8 product in float32, and one at import for a kernel package that is optional: neither helps.
     _silence("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast")
@@ -115,7 +123,7 @@ def patch_torchao_quantizer(module: ModuleType) -> None:
         module: `transformers.quantizers.quantizer_torchao`.
     """
     cls = module.TorchAoHfQuantizer
-    save, finish = cls.get_state_dict_and_metadata, cls._process_model_after_weight_loading
+    save = cls.get_state_dict_and_metadata
     if getattr(save, "hfcompress", False):
         return
 
@@ -127,17 +135,38 @@ def patch_torchao_quantizer(module: ModuleType) -> None:
         kept = {name: value for name, value in metadata.items() if name not in plain}
         return tensors, kept | {"tensor_names": json.dumps(names)}
 
+    get_state_dict_and_metadata.hfcompress = True  # type: ignore[attr-defined]
+    cls.get_state_dict_and_metadata = get_state_dict_and_metadata
+    _forget_one_way_steps(cls)
+
+
+def patch_bitsandbytes_quantizer(module: ModuleType) -> None:
+    """Let models that were loaded with bitsandbytes be saved again, in place.
+
+    Args:
+        module: `transformers.quantizers.quantizer_bnb_4bit` or `transformers.quantizers.quantizer_bnb_8bit`.
+    """
+    for name in ("Bnb4BitHfQuantizer", "Bnb8BitHfQuantizer"):
+        if hasattr(module, name):
+            _forget_one_way_steps(getattr(module, name))
+
+
+def _forget_one_way_steps(cls: Any) -> None:
+    """After loading, leave no step of it to be turned round when the model is saved which cannot be: what it made saves itself."""
+    finish = cls._process_model_after_weight_loading
+    if getattr(finish, "hfcompress", False):
+        return
+
     @functools.wraps(finish)
     def process_model_after_weight_loading(self: Any, model: Any, **kwargs: Any) -> Any:
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or ()
-            if not any(type(step).__name__ == "TorchAoDeserialize" for step in getattr(conversion, "operations", ()))
+            if not any(type(step).__name__ in _ONE_WAY for step in getattr(conversion, "operations", ()))
         ]
         return finish(self, model, **kwargs)
 
-    get_state_dict_and_metadata.hfcompress = True  # type: ignore[attr-defined]
-    cls.get_state_dict_and_metadata = get_state_dict_and_metadata
+    process_model_after_weight_loading.hfcompress = True  # type: ignore[attr-defined]
     cls._process_model_after_weight_loading = process_model_after_weight_loading
 
 
