@@ -24,9 +24,9 @@ from hfcompress.tasks.labels import row_count
 from hfcompress.tasks.sources import Source
 from hfcompress.tasks.text import (
     TokenizedInputs,
-    cache_is_writable,
     length_limit,
     log_cuts,
+    map_rows,
     padding_multiple,
     require_text,
 )
@@ -113,14 +113,13 @@ class ChoiceInputs(TokenizedInputs):
         """Tokenize each choice with its text, cut at the longest length."""
         del seed
         limit, _ = length_limit(processor, config=config, model_config=model_config)
-        encoded = rows.map(
+        encoded = map_rows(
+            rows,
             tokenize_choices,
-            batched=True,
+            config=config,
+            where=where,
             remove_columns=[name for name in rows.column_names if name != "labels"],
             fn_kwargs={"tokenizer": processor, "limit": limit},
-            num_proc=config.workers if config.workers > 1 else None,
-            keep_in_memory=not cache_is_writable(rows),
-            desc=f"tokenizing {where}",
         )
         return log_cuts(encoded, where=where, limit=limit)
 

@@ -22,9 +22,9 @@ from hfcompress.tasks.sources import Source
 from hfcompress.tasks.text import (
     TextInputs,
     TokenizedInputs,
-    cache_is_writable,
     length_limit,
     log_cuts,
+    map_rows,
     padding_multiple,
     require_text,
 )
@@ -84,12 +84,14 @@ class MaskedInputs(UnlabelledInputs):
         encoded = super().encode(rows, where=where, **options)
         if where != "eval" and not config.fixed_masks:
             return encoded
-        return encoded.map(
+        return map_rows(
+            encoded,
             mask_tokens,
+            config=config,
+            where=where,
+            doing="masking",
+            batched=False,
             fn_kwargs={"tokenizer": processor, "seed": seed},
-            num_proc=config.workers if config.workers > 1 else None,
-            keep_in_memory=not cache_is_writable(encoded),
-            desc=f"masking {where}",
         )
 
     def collator(self, processor: Any, *, config: DataConfig, model_config: Any) -> Callable[[list[Any]], Any]:
@@ -214,14 +216,13 @@ class LanguageInputs(TokenizedInputs):
         del seed
         limit, _ = length_limit(processor, config=config, model_config=model_config)
         together = self.is_one_text(rows)
-        encoded = rows.map(
+        encoded = map_rows(
+            rows,
             tokenize_parts if together else tokenize_completions,
-            batched=True,
+            config=config,
+            where=where,
             remove_columns=rows.column_names,
             fn_kwargs={"tokenizer": processor} | ({} if together else {"limit": limit}),
-            num_proc=config.workers if config.workers > 1 else None,
-            keep_in_memory=not cache_is_writable(rows),
-            desc=f"tokenizing {where}",
         )
         if not together:
             return log_cuts(encoded, where=where, limit=limit)

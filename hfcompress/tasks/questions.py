@@ -22,7 +22,7 @@ from hfcompress.tasks.errors import DataError
 from hfcompress.tasks.labels import row_count
 from hfcompress.tasks.scores import RatioScores
 from hfcompress.tasks.sources import Source
-from hfcompress.tasks.text import TokenizedInputs, cache_is_writable, length_limit, padding_multiple, require_text
+from hfcompress.tasks.text import TokenizedInputs, length_limit, map_rows, padding_multiple, require_text
 
 logger = logging.getLogger(__name__)
 
@@ -112,15 +112,14 @@ class QuestionInputs(TokenizedInputs):
         limit, _ = length_limit(processor, config=config, model_config=model_config)
         if limit < 24:
             raise DataError(f"data.max_length: {limit} tokens are too few for a question and a context; 24 or more are")
-        encoded = rows.map(
+        encoded = map_rows(
+            rows,
             tokenize_questions,
-            batched=True,
+            config=config,
+            where=where,
             with_indices=True,
             remove_columns=rows.column_names,
             fn_kwargs={"tokenizer": processor, "limit": limit},
-            num_proc=config.workers if config.workers > 1 else None,
-            keep_in_memory=not cache_is_writable(rows),
-            desc=f"tokenizing {where}",
         )
         logger.info("%s: %s questions in %s windows of %d tokens", where, f"{len(rows):,}", f"{len(encoded):,}", limit)
         return encoded

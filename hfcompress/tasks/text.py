@@ -108,14 +108,13 @@ class TextInputs(TokenizedInputs):
         del seed
         names = [name for name in rows.column_names if name != "labels"]
         limit, _ = length_limit(processor, config=config, model_config=model_config)
-        encoded = rows.map(
+        encoded = map_rows(
+            rows,
             tokenize,
-            batched=True,
+            config=config,
+            where=where,
             remove_columns=names,
             fn_kwargs={"names": names, "tokenizer": processor, "limit": limit, "version": TOKENIZE_VERSION},
-            num_proc=config.workers if config.workers > 1 else None,
-            keep_in_memory=not cache_is_writable(rows),
-            desc=f"tokenizing {where}",
         )
         return log_cuts(encoded, where=where, limit=limit)
 
@@ -223,6 +222,43 @@ def padding_multiple(processor: Any, *, config: DataConfig, model_config: Any) -
     """What padded lengths are a multiple of: 8, or None where the model has no room for that."""
     limit, room = length_limit(processor, config=config, model_config=model_config)
     return PAD_TO if room is None or -(-limit // PAD_TO) * PAD_TO <= room else None
+
+
+def map_rows(
+    rows: datasets.Dataset,
+    function: Callable[..., Any],
+    *,
+    config: DataConfig,
+    where: str,
+    doing: str = "tokenizing",
+    batched: bool = True,
+    **options: Any,
+) -> datasets.Dataset:
+    """Rows that a function was applied to, by as many workers as the recipe says; kept on disk if that can be.
+
+    Args:
+        rows: The rows.
+        function: As `datasets.Dataset.map` takes it.
+        config: The section `data`.
+        where: "train" or "eval", for the progress bar.
+        doing: What is done, for the progress bar.
+        batched: Whether the function takes many rows at once.
+        **options: As of `datasets.Dataset.map`.
+
+    Example:
+        >>> rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+        >>> double = lambda batch: {"text": [2 * text for text in batch["text"]]}
+        >>> map_rows(rows, double, config=DataConfig(train="a.csv"), where="train")["text"][:]
+        ['aa', 'bb']
+    """
+    return rows.map(
+        function,
+        batched=batched,
+        num_proc=config.workers if config.workers > 1 else None,
+        keep_in_memory=not cache_is_writable(rows),
+        desc=f"{doing} {where}",
+        **options,
+    )
 
 
 def cache_is_writable(rows: datasets.Dataset) -> bool:

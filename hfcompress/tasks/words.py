@@ -16,7 +16,7 @@ from hfcompress.tasks.errors import DataError
 from hfcompress.tasks.labels import row_count
 from hfcompress.tasks.scores import RatioScores
 from hfcompress.tasks.sources import Source
-from hfcompress.tasks.text import TokenizedInputs, cache_is_writable, length_limit, log_cuts
+from hfcompress.tasks.text import TokenizedInputs, length_limit, log_cuts, map_rows
 
 WORDS = ("tokens", "words", "token", "sentence", "text")
 TAGS = ("ner_tags", "ner", "tags", "labels", "label", "entities", "pos_tags", "upos", "pos")
@@ -95,14 +95,13 @@ class WordInputs(TokenizedInputs):
         del seed
         limit, _ = length_limit(processor, config=config, model_config=model_config)
         name = next(name for name in rows.column_names if name != "labels")
-        encoded = rows.map(
+        encoded = map_rows(
+            rows,
             tokenize_words,
-            batched=True,
+            config=config,
+            where=where,
             remove_columns=[name],
             fn_kwargs={"name": name, "tokenizer": processor, "limit": limit},
-            num_proc=config.workers if config.workers > 1 else None,
-            keep_in_memory=not cache_is_writable(rows),
-            desc=f"tokenizing {where}",
         )
         return log_cuts(encoded, where=where, limit=limit)
 

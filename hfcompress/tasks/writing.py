@@ -21,9 +21,9 @@ from hfcompress.tasks.scores import RatioScores
 from hfcompress.tasks.sources import Source
 from hfcompress.tasks.text import (
     TokenizedInputs,
-    cache_is_writable,
     length_limit,
     log_cuts,
+    map_rows,
     padding_multiple,
     require_text,
 )
@@ -97,14 +97,13 @@ class WritingInputs(TokenizedInputs):
         """Tokenize both, each cut at its longest length."""
         del seed
         limit, _ = length_limit(processor, config=config, model_config=model_config)
-        encoded = rows.map(
+        encoded = map_rows(
+            rows,
             tokenize_pairs,
-            batched=True,
+            config=config,
+            where=where,
             remove_columns=rows.column_names,
             fn_kwargs={"tokenizer": processor, "limit": limit, "target_limit": config.max_target_length},
-            num_proc=config.workers if config.workers > 1 else None,
-            keep_in_memory=not cache_is_writable(rows),
-            desc=f"tokenizing {where}",
         )
         return log_cuts(encoded, where=where, limit=limit)
 
