@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import re
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MODELING_FILE = "modeling_hfcompress.py"
 _AUTO_CLASSES = tuple(name for name in dir(transformers) if name.startswith("AutoModel") and "Backbone" not in name)
+
+_ANSWERS: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, bool]]] = weakref.WeakKeyDictionary()
 
 
 def portable_config(model: nn.Module) -> Any:
@@ -94,7 +97,20 @@ def plain_config(model: nn.Module) -> Any | None:
 
 
 def _builds(cls: type, config: Any, model: nn.Module, *, constants: bool = False) -> bool:
-    """Whether a config builds a model with the same parameters as the given one, and if asked the same constants."""
+    """Whether a config builds a model with the same parameters as the given one, and if asked the same constants.
+
+    Checkpoints of a run ask the same again and again, and building takes longer than writing a small model.
+    """
+    asked = (cls, config.to_dict(), _shapes(model), _layout(find_sites(model)), constants)
+    known = _ANSWERS.setdefault(model, [])
+    answer = next((answer for question, answer in known if question == asked), None)
+    if answer is None:
+        answer = _try_to_build(cls, config, model, constants=constants)
+        known[:] = [*known[-1:], (asked, answer)]  # of one config of each kind
+    return answer
+
+
+def _try_to_build(cls: type, config: Any, model: nn.Module, *, constants: bool) -> bool:
     try:
         restored = type(config).from_dict(config.to_dict())
         with torch.device("meta"):

@@ -214,7 +214,7 @@ class PruningMixin(ExactTrainerMixin):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.pruner is not None and self.args.should_save:
             facts, tensors = self.pruner.state()
-            (Path(output_dir) / STATE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            (Path(output_dir) / STATE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
             safetensors.torch.save_file({n: t.cpu() for n, t in tensors.items()}, Path(output_dir) / TENSORS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
