@@ -511,7 +511,8 @@ def record(draw: Any, material: Material) -> str | None:
     if how == "inspect":
         return command(material, "inspect", str(folder), "--json")
     if how == "quantize":
-        return command(material, "quantize", str(folder), "--preset", "int8", "--output", output, output=output)
+        line = ["quantize", str(folder), "--preset", "int8", "--output", output, "--no-measure"]
+        return command(material, *line, output=output)
     if how == "student":
         return command(material, "student", str(folder), output, "--neurons", "4", output=output)
     return call(lambda: hfcompress.load(folder)) or call(lambda: write_card(folder))
