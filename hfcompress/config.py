@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-UnitKind = Literal["heads", "neurons", "sublayers", "layers"]
+UnitKind = Literal["heads", "neurons", "sublayers", "layers", "hidden", "vocabulary"]
 CriterionName = Literal[
     "obs",
     "first_order",
@@ -473,20 +473,25 @@ class PerKind(Section):
 
 
 class MultipleOf(Section):
-    """Counts left in a sublayer are multiples of these, or the full count.
+    """Counts left in a sublayer, and features left in the hidden states, are multiples of these, or the full count.
 
     "auto" is what the device computes fast.
     """
 
     heads: int = Field(default=1, ge=1)
     neurons: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    hidden: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
 
 
 class AtLeast(PerKind):
-    """No sublayer keeps fewer units than these; 0 allows a sublayer to be skipped altogether."""
+    """No sublayer keeps fewer units than these; 0 allows a sublayer to be skipped altogether.
+
+    The hidden states keep at least `hidden` features; None is half of those there were.
+    """
 
     heads: int = Field(default=1, ge=0)
     neurons: int = Field(default=8, ge=0)
+    hidden: int | None = Field(default=None, ge=1)
 
 
 class PruneConfig(Section):
@@ -495,7 +500,7 @@ class PruneConfig(Section):
     Attributes:
         target: How small or fast.
         units: What may be removed: "heads" and "neurons" one by one, whole attention or feed-forward "sublayers", whole
-            "layers".
+            "layers", features of the "hidden" states everywhere at once, tokens of the "vocabulary" that the training data hardly uses.
         criterion: How units are ranked; a name, or a mapping with its settings.
         repair: Refit what stays by least squares after each cut, on `criterion.samples` examples. None does so where
             the criterion looks at examples anyway.
@@ -530,13 +535,17 @@ class PruneConfig(Section):
     def _fits_together(self) -> PruneConfig:
         if len(set(self.units)) != len(self.units):
             raise ValueError(f"units names a kind twice: {self.units}")
+        if self.units == ["vocabulary"] and self.target.quantity != "parameters":
+            raise ValueError(
+                f"units: vocabulary alone changes the number of parameters only, not {self.target.quantity}; give target.parameters, or more units"
+            )
         if self.uniform and "layers" in self.units:
             raise ValueError("uniform and units: layers cannot be had together; drop layers in a run of its own")
         if self.scope == "site" and {"sublayers", "layers"} & set(self.units):
             raise ValueError(
                 "scope: site takes the same share everywhere, so whole sublayers or layers cannot go; use global"
             )
-        if self.cut == "end" and ("layers" in self.units or self.repair or len(self.target.goals) > 1):
+        if self.cut == "end" and ({"layers", "hidden"} & set(self.units) or self.repair or len(self.target.goals) > 1):
             raise ValueError(
                 "cut: end only closes heads, neurons and sublayers, for one target and without repair; use cut: gradual"
             )
@@ -560,6 +569,8 @@ class PruneConfig(Section):
             )
         if "layers" in self.units:
             raise ValueError("criterion: learned has no gates on whole layers; use sublayers, or another criterion")
+        if "hidden" in self.units:
+            raise ValueError("criterion: learned has no gates on hidden features; use another criterion, such as obs")
         if len(self.target.goals) != 1:
             raise ValueError(
                 "criterion: learned works towards one target; give a single number, or use another criterion"
