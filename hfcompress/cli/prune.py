@@ -50,7 +50,7 @@ examples:
         "--units",
         nargs="+",
         default=["heads", "neurons", "sublayers"],
-        choices=["heads", "neurons", "sublayers", "layers"],
+        choices=["heads", "neurons", "sublayers", "layers", "hidden", "vocabulary"],
         help="what may go (default: heads neurons sublayers)",
     )
     parser.add_argument("--criterion", default="obs", help="how units are ranked (default obs)")

@@ -136,6 +136,11 @@ class Pruner:
         live: The model that is trained, if its parameters are in shards; `model` is then a plain one of its shapes, weights aside. The
             live one gets gates, whose gradients are the importance, and keeps them: see `carry_out`.
 
+    Attributes:
+        features: The hidden features that are left, counted in the model as it was at the start; None while all are.
+        narrowed: Of the last step: the hidden features that it left, counted in the model as it was before; None if it left all.
+        hidden_before: Hidden features at the start; None where there is no single width.
+
     Raises:
         BudgetError: The target cannot be reached under the recipe's constraints.
         StructureError: Only layers may go, and the architecture can do without none.
@@ -190,6 +195,8 @@ class Pruner:
         looks = self._needs not in (None, "steps") and config.cut == "gradual"
         self._repairs = looks if config.repair is None else config.repair
         self.features: tuple[int, ...] | None = None
+        self.narrowed: tuple[int, ...] | None = None
+        self.hidden_before = hidden_width(model)
         self._narrows = "hidden" in config.units
         self._widened = 0  # goals for which the width was decided
         needy = [
@@ -428,6 +435,7 @@ class Pruner:
             return self._learn(step)
         due = [update for update in self._due if self._last_step < update.step <= step]
         self._last_step = step
+        self.narrowed = None
         if not due:
             return []
         update = due[-1]
@@ -475,7 +483,7 @@ class Pruner:
             if dense is not None:
                 repair_stream(self.model, dense, torch.tensor(features), batches, reduce=self._mean)
             before = self.features or tuple(range(widths.width))
-            self.features = tuple(before[place] for place in features)
+            self.features, self.narrowed = tuple(before[place] for place in features), features
             self._ranked = None
             self._follow_width(costs)
         self.model.train(modes)
@@ -833,7 +841,8 @@ class Pruner:
         for name, left in self._open_units(find_sites(self.model)).items():
             role = name.rpartition(".")[2]
             found[role] = found.get(role, 0) + left
-        return found | ({"hidden": find_stream(self.model).width} if self._narrows else {})
+        width = hidden_width(self.model)
+        return found | ({"hidden": width} if self._narrows and width is not None else {})
 
     def carry_out(self, model: nn.Module) -> None:
         """Do to a whole copy of a model in shards, in place, what gates do to the live one: cut, or before the last update close."""
@@ -882,6 +891,7 @@ class Pruner:
             "learning": self.learned is not None,
             "fixed": self._fixed,
             "features": self.features,
+            "hidden_before": self.hidden_before,
             "widened": self._widened,
         }
         tensors = {
@@ -927,6 +937,7 @@ class Pruner:
                 self.gates.require_grad(not self.done)
         self._fixed = bool(facts["fixed"])
         self.features = None if facts.get("features") is None else tuple(facts["features"])
+        self.hidden_before = facts.get("hidden_before")
         self._widened = int(facts.get("widened", 0))
         if facts["learning"]:
             kept = {
@@ -934,6 +945,12 @@ class Pruner:
             }
             self.learned = self._make_learned()
             self.learned.load_state(kept, step=self._last_step)
+
+
+def hidden_width(model: nn.Module) -> int | None:
+    """Hidden features that are left, from the config alone; None where it names no single width."""
+    hidden = read_hidden(model.config)
+    return getattr(model.config, "hidden_size", None) if hidden is None else hidden[0]
 
 
 class _Unshared:

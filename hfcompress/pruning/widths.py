@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _SHARES = (0.875, 0.75, 0.625, 0.5)
 # Of the calibration batches each so many-th is kept to compare predictions on; the others are fitted to.
 _EVERY = 4
+# Of these no more examples than so many (of each process), for all is done once for each width; what is chosen is fitted to all.
+_EXAMPLES = 512
 
 
 def rank_features(
@@ -146,7 +148,9 @@ class Widths:
         self._once = once or (lambda function: function())
         # What predictions are compared on must not be what they were fitted to, as far as there is enough.
         self._held = batches[_EVERY - 1 :: _EVERY] or batches
-        self._fitted = [batch for n, batch in enumerate(batches) if n % _EVERY != _EVERY - 1] or batches
+        others = [batch for n, batch in enumerate(batches) if n % _EVERY != _EVERY - 1]
+        count = sum(count_examples(to_device(batch, model)) for batch in others)
+        self._fitted = others[:: -(-count // _EXAMPLES)]
         self._batches = batches
         self._made: dict[int, Narrowed] = {}
         self._curves: dict[int, dict[str, Curve]] = {}

@@ -30,6 +30,8 @@ from hfcompress.pruning import (
     LayerSensitivity,
     Pruner,
     Sensitivity,
+    Widths,
+    fit_to_device,
     measure_layers,
     measure_sensitivity,
     rank_units,
@@ -67,6 +69,7 @@ def prune_once(
     measure: MeasureConfig,
     seed: int = 0,
     curves: dict[str, Curve] | None = None,
+    widths: Widths | None = None,
 ) -> Pruned:
     """Prune a model in place, at once, without training: rank, allocate, verify, cut, repair.
 
@@ -77,6 +80,7 @@ def prune_once(
         measure: What the target does not say about how time is measured.
         seed: Of everything random.
         curves: What `rank_units` gave for this model, if it was ranked before.
+        widths: Narrower copies of this model, if they were made before.
 
     Raises:
         BudgetError: The target cannot be reached.
@@ -87,10 +91,17 @@ def prune_once(
         raise ValueError(
             f"pruning without training has one target, not {len(config.target.goals)}; give a single number"
         )
-    schedule = config.schedule.model_copy(update={"name": "constant", "start": 0.0})
-    repair = True if config.repair is None else config.repair
-    config = config.model_copy(update={"schedule": schedule, "repair": repair, "cut": "gradual"})
-    pruner = Pruner(model, config, total_steps=1, seed=seed, batches=lambda: batches, measure=measure, curves=curves)
+    config = _at_once(config)
+    pruner = Pruner(
+        model,
+        config,
+        total_steps=1,
+        seed=seed,
+        batches=lambda: batches,
+        measure=measure,
+        curves=curves,
+        widths=widths,
+    )
     pruner.step(0)
     add_step(
         model.config,
@@ -102,6 +113,13 @@ def prune_once(
         optimizer_steps=0,
     )
     return Pruned(model, config.target.model_dump(exclude_none=True), pruner.reached)
+
+
+def _at_once(config: PruneConfig) -> PruneConfig:
+    """The settings with which everything is done in one step."""
+    schedule = config.schedule.model_copy(update={"name": "constant", "start": 0.0})
+    repair = True if config.repair is None else config.repair
+    return config.model_copy(update={"schedule": schedule, "repair": repair, "cut": "gradual"})
 
 
 def refuse_training_criteria(config: PruneConfig) -> None:
@@ -149,6 +167,10 @@ def prune_within(
     say(f"dense: {dense.name} {dense.value:.4g} (n={dense.n:,})")
     refuse_training_criteria(config)
     curves = rank_units(model, config.criterion.name, examples.batches, seed=seed)  # the same for every trial
+    widths: Widths | None = None
+    if "hidden" in config.units:
+        fitted = fit_to_device(_at_once(config), model)
+        widths = Widths(model, fitted, examples.batches, repairs=fitted.repair is not False, seed=seed)
     best: Pruned | None = None
     low, high = 1.0, fastest
     for trial in range(trials):
@@ -165,6 +187,7 @@ def prune_within(
                 measure=measure,
                 seed=seed,
                 curves=curves,
+                widths=widths,
             )
         except BudgetError as error:
             say(f"{wanted:.2f}x: {error}")
