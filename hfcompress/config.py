@@ -508,6 +508,8 @@ class PruneConfig(Section):
         scope: "global" takes what costs least loss anywhere; "site" takes the same share everywhere.
         multiple_of: Counts left are multiples of these.
         at_least: What every sublayer keeps.
+        coverage: Of the vocabulary: the tokens that stay make up at least this share of the training data. Where nothing else is pruned,
+            as many stay as the target leaves room for.
         uniform: Make all layers alike and use only what the architecture's own config can say, so that the
             result loads with plain transformers.
         cut: "gradual" removes closed units from the weights at each update, so that training gets faster
@@ -523,6 +525,7 @@ class PruneConfig(Section):
     scope: Literal["global", "site"] = "global"
     multiple_of: MultipleOf = MultipleOf()
     at_least: AtLeast = AtLeast()
+    coverage: float = Field(default=0.999, gt=0, le=1)
     uniform: bool = False
     cut: Literal["gradual", "end"] = "gradual"
 
@@ -535,10 +538,8 @@ class PruneConfig(Section):
     def _fits_together(self) -> PruneConfig:
         if len(set(self.units)) != len(self.units):
             raise ValueError(f"units names a kind twice: {self.units}")
-        if self.units == ["vocabulary"] and self.target.quantity != "parameters":
-            raise ValueError(
-                f"units: vocabulary alone changes the number of parameters only, not {self.target.quantity}; give target.parameters, or more units"
-            )
+        if self.units == ["vocabulary"]:
+            self._vocabulary_can_do_it()
         if self.uniform and "layers" in self.units:
             raise ValueError("uniform and units: layers cannot be had together; drop layers in a run of its own")
         if self.scope == "site" and {"sublayers", "layers"} & set(self.units):
@@ -552,6 +553,19 @@ class PruneConfig(Section):
         if self.criterion.name == "learned":
             self._gates_can_learn()
         return self
+
+    def _vocabulary_can_do_it(self) -> None:
+        """Refuse targets that a smaller vocabulary alone cannot reach.
+
+        Raises:
+            ValueError: One line that says what, and what to do instead.
+        """
+        target = self.target
+        if target.quantity != "parameters" or target.scope != "model" or len(target.goals) > 1:
+            raise ValueError(
+                "units: vocabulary alone changes the number of parameters of the whole model, once, and no speed; give one "
+                "target.parameters, or more units"
+            )
 
     def _gates_can_learn(self) -> None:
         """Refuse what learned gates cannot do.

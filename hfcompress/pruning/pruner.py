@@ -25,8 +25,8 @@ from hfcompress.anatomy import (
 from hfcompress.anatomy.depth import droppable_layers
 from hfcompress.anatomy.sites import recorded_layers
 from hfcompress.calibration import Batch
-from hfcompress.checkpoints.portable import plain_config
-from hfcompress.checkpoints.record import read_hidden
+from hfcompress.checkpoints.portable import bare_class, plain_config
+from hfcompress.checkpoints.record import read_hidden, read_steps
 from hfcompress.config import MeasureConfig, MultipleOf, PruneConfig
 from hfcompress.measurement.costs import Costs
 from hfcompress.measurement.latency_table import fast_multiple
@@ -211,6 +211,11 @@ class Pruner:
             )
         if self._narrows:
             self._require_stream(model)
+        if "vocabulary" in config.units and not any(step["step"] == "vocabulary" for step in read_steps(model.config)):
+            raise ValueError(
+                "units: vocabulary goes before texts are encoded, which a trainer is too late for; use hfcompress run or hfcompress prune, or cut "
+                "the model with hfcompress vocabulary first"
+            )
         self.budget: Budget = budget or self._once(lambda: make_budget(model, config.target, measure=self._measure))
         self._stopwatch = self._make_stopwatch()
         self._due = due_updates(config, total_steps)
@@ -258,7 +263,7 @@ class Pruner:
             ValueError: The model has no head.
         """
         find_stream(model)
-        if getattr(model, "base_model", None) is model:
+        if type(model).__name__ == bare_class(model):
             raise ValueError(
                 f"units: hidden would change what {type(model).__name__} gives, which are its hidden features; prune a model with a head, "
                 "or leave out hidden"

@@ -38,7 +38,8 @@ def repair_stream(
 
     Each is to give what it gave in the dense model, from what enters it in the narrow one, all earlier ones being refitted: as `repair`
     does after units went. Heads are refitted where there is data enough. What is tied to something else stays as it is, and so do norms
-    and the layers that write to the stream: on MiniLM, refitting them too changed nothing.
+    and the layers that write to the stream: on MiniLM, refitting them too changed nothing. A model that uses a layer several times (ALBERT)
+    is left as it is: what is right for one of its calls is wrong for the others.
 
     Args:
         model: The narrow model, in evaluation mode.
@@ -69,13 +70,15 @@ def repair_stream(
         True
     """
     walks = LayerWalk(dense, batches), LayerWalk(model, batches)
+    if walks[1].whole:
+        return
     readers = stream_readers(model, find_stream(model))
     fitting = _Fitting(*walks, kept, damping, reduce)
     inside: list[list[str]] = [[] for _ in walks[1].steps]
     for name in readers:
         step = next((n for n, path in enumerate(walks[1].paths) if name.startswith(f"{path}.")), None)
         if step is not None:
-            inside[0 if walks[1].whole else step].append(name)
+            inside[step].append(name)
     for step in tqdm(range(len(inside)), desc="repairing the stream", leave=False, delay=2):
         for walk in walks:
             walk.enter(step)
@@ -178,7 +181,7 @@ class _Fitting:
     ) -> Mapping[str, list[tuple[torch.Tensor, torch.Tensor]]]:
         """What enters and leaves modules at each call, in a step on a batch, or without a step in the whole model."""
         seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        each_once = step is not None and not walk.whole
+        each_once = step is not None
         with contextlib.ExitStack() as stack:
             for name in names:
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,9 +38,11 @@ from hfcompress.pruning import (
     rank_units,
 )
 from hfcompress.quantization.bits import FLOATS, BitCost, By, bit_costs, format_for, size_bytes
-from hfcompress.runs.evaluation import device_of, measure_and_keep
+from hfcompress.runs.evaluation import Rate, device_of, measure_and_keep
 from hfcompress.runs.examples import Examples, drop, read_examples
 from hfcompress.runs.processors import copy_processor
+from hfcompress.runs.vocabulary import cut_for
+from hfcompress.tasks.corpus import read_corpus
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +146,7 @@ def prune_within(
     seed: int = 0,
     trials: int = 6,
     fastest: float = 16.0,
+    dense: Metric | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Pruned:
     """The fastest model that loses no more than `config.target.max_drop`: speedups are tried, halving what is in doubt.
@@ -155,6 +159,7 @@ def prune_within(
         seed: Of everything random.
         trials: Speedups that are tried at most.
         fastest: The largest of them.
+        dense: What is compared with, if that is not the score of `model`.
         say: Told of each trial.
 
     Raises:
@@ -163,7 +168,7 @@ def prune_within(
     """
     if examples.rate is None or config.target.max_drop is None:
         raise ValueError("max_drop needs data to score on: give labelled examples (or text for a decoder)")
-    dense, _ = examples.rate(model)
+    dense = dense or examples.rate(model)[0]
     say(f"dense: {dense.name} {dense.value:.4g} (n={dense.n:,})")
     refuse_training_criteria(config)
     curves = rank_units(model, config.criterion.name, examples.batches, seed=seed)  # the same for every trial
@@ -239,18 +244,88 @@ def prune_folder(
         ValueError: Something does not fit; nothing was written.
     """
     started = time.perf_counter()
-    model, dtype = _open(source, measure)
-    examples = read_examples(model, source, data, samples=config.criterion.samples, seed=seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        start, rate_dense = source, None
+        if "vocabulary" in config.units:
+            start, rate_dense = _with_fewer_tokens(source, scratch, config, data, measure=measure, seed=seed, say=say)
+        return _prune_from(
+            start,
+            source,
+            output,
+            config,
+            data,
+            rate_dense=rate_dense,
+            started=started,
+            measure=measure,
+            seed=seed,
+            command=command,
+            say=say,
+        )
+
+
+def _with_fewer_tokens(
+    source: str,
+    scratch: str,
+    config: PruneConfig,
+    data: DataConfig,
+    *,
+    measure: MeasureConfig,
+    seed: int,
+    say: Callable[[str], None],
+) -> tuple[str, Rate | None]:
+    """The model with the vocabulary that the data use, in a folder, and what scores the model as it was.
+
+    A classifier is scored on texts in its own tokens. The perplexities of two vocabularies cannot be compared: there the model with all else
+    as it was and fewer tokens stands for it.
+    """
+    if data.train is None:
+        raise ValueError("units: vocabulary counts the tokens of texts; give a file of them")
+    model, _ = _open(source, measure)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(f"units: vocabulary is for texts, and {type(model).__name__} reads none; leave it out")
+    columns = [] if data.text is None else [data.text] if isinstance(data.text, str) else list(data.text)
+    folder = Path(scratch, short_name(source))
+    done = cut_for(source, read_corpus([data.train], text=columns), folder, config)
+    say(
+        f"The vocabulary keeps {done.tokens[1]:,} of {done.tokens[0]:,} tokens; {done.texts_share:.1%} of the texts read as before"
+    )
+    examples = read_examples(model, source, data, samples=1, seed=seed)
+    if examples.task is not None or examples.rate is None:
+        return str(folder), examples.rate
+    smaller, _ = _open(str(folder), measure)
+    rate = read_examples(smaller, str(folder), data, samples=1, seed=seed).rate
+    assert rate is not None
+    return str(folder), lambda _: rate(smaller)
+
+
+def _prune_from(
+    start: str,
+    source: str,
+    output: Path,
+    config: PruneConfig,
+    data: DataConfig,
+    *,
+    rate_dense: Rate | None,
+    started: float,
+    measure: MeasureConfig,
+    seed: int,
+    command: str,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """`prune_folder` from the model to start with, which may have fewer tokens than the source that it is measured beside."""
+    model, dtype = _open(start, measure)
+    examples = read_examples(model, start, data, samples=config.criterion.samples, seed=seed)
     say(f"Calibrating on {examples.n:,} examples")
     if config.target.max_drop is not None:
-        pruned = prune_within(model, config, examples, measure=measure, seed=seed, say=say)
+        dense = None if rate_dense is None else rate_dense(_open(source, measure)[0])[0]
+        pruned = prune_within(model, config, examples, measure=measure, seed=seed, say=say, dense=dense)
     else:
         pruned = prune_once(model, config, examples.batches, measure=measure, seed=seed)
     say(f"Pruned and repaired in {time.perf_counter() - started:.0f} s; saving and loading again by every way")
     pruned.model.to(dtype)  # type: ignore[call-overload]
     pruned.model.save_pretrained(output)  # type: ignore[operator]
     save_probe(pruned.model, output)
-    copy_processor(source, output)
+    copy_processor(start, output)
     checks = verify_folder(output)
     failed = [check for check in checks if not check.ok]
     if failed:
@@ -258,7 +333,9 @@ def prune_folder(
     say("Scoring and timing")
     found = measure_and_keep(
         {"dense": local_folder(source), "pruned": output},
-        examples.rate,
+        examples.rate
+        if rate_dense is None or examples.rate is None
+        else {"dense": rate_dense, "pruned": examples.rate},
         measure,
         class_names=examples.task.label_names if examples.task is not None else (),
     )
