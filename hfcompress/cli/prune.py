@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
             command=command_line(["hfcompress", *sys.argv[1:]]),
             say=lambda text: print(f"== {text}", file=sys.stderr),
         )
-    units, layers, _ = what_is_left(str(target))
+    units, layers, *_ = what_is_left(str(target))
     print(draw_layers(units, layers=layers), end="\n\n")
     print(format_rows(rows))
     print(f"\n{target}: loads again by every way its card names (hfcompress push {target} user/name)")

@@ -14,6 +14,7 @@ from torch import nn
 from hfcompress.anatomy import find_sites
 from hfcompress.anatomy.depth import full_depth
 from hfcompress.anatomy.stream import built_model
+from hfcompress.checkpoints.record import read_vocabulary
 from hfcompress.config import MeasureConfig, Target
 from hfcompress.measurement import compare_latency, example_inputs, speedup
 from hfcompress.measurement.copies import cut_copy, find_layer_sites
@@ -187,13 +188,13 @@ def unpruned(model: nn.Module) -> nn.Module:
     """
     before = original_units(model)
     record = getattr(model.config, "hfcompress", None) or {}
-    tokens = next((step["before"] for step in record.get("steps", ()) if step["step"] == "vocabulary"), None)
+    tokens = read_vocabulary(model.config)
     whole = all(site.units == before[site.name] for site in find_sites(model))
     if whole and tokens is None and not any(name in record for name in ("layers", "hidden")):
         return model
     config = full_depth(model)
     if tokens is not None:
-        config.vocab_size = tokens
+        config.vocab_size = tokens[1]
     config.hfcompress = {name: part for name, part in record.items() if name not in ("units", "layers", "hidden")}
     parameter = next(model.parameters())
     with torch.random.fork_rng(devices=[]):  # what is drawn here must not change the run

@@ -26,7 +26,7 @@ from hfcompress.anatomy.depth import droppable_layers
 from hfcompress.anatomy.sites import recorded_layers
 from hfcompress.calibration import Batch
 from hfcompress.checkpoints.portable import bare_class, plain_config
-from hfcompress.checkpoints.record import read_hidden, read_steps
+from hfcompress.checkpoints.record import read_hidden, read_vocabulary
 from hfcompress.config import MeasureConfig, MultipleOf, PruneConfig
 from hfcompress.measurement.costs import Costs
 from hfcompress.measurement.latency_table import fast_multiple
@@ -211,7 +211,7 @@ class Pruner:
             )
         if self._narrows:
             self._require_stream(model)
-        if "vocabulary" in config.units and not any(step["step"] == "vocabulary" for step in read_steps(model.config)):
+        if "vocabulary" in config.units and read_vocabulary(model.config) is None:
             raise ValueError(
                 "units: vocabulary goes before texts are encoded, which a trainer is too late for; use hfcompress run or hfcompress prune, or cut "
                 "the model with hfcompress vocabulary first"

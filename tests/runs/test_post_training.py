@@ -264,7 +264,14 @@ class Scale:
             return self.ranked[-1]
 
         def once(
-            model: Any, config: PruneConfig, batches: Any, *, measure: Any, seed: int = 0, curves: Any = None, widths: Any = None
+            model: Any,
+            config: PruneConfig,
+            batches: Any,
+            *,
+            measure: Any,
+            seed: int = 0,
+            curves: Any = None,
+            widths: Any = None,
         ) -> Any:
             assert len(self.ranked) == 1 and curves is self.ranked[0], "one ranking serves every trial"
             wanted = config.target.goals[0]
