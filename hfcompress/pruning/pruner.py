@@ -238,21 +238,29 @@ class Pruner:
         Raises:
             BudgetError: The last target is out of reach, with the narrowest hidden width, too.
         """
-        flat = {site.name: Curve.from_scores(torch.zeros(site.units)) for site in self.sites}
-        losses = dict.fromkeys(self.budget.costs.fixed, 0.0) if "layers" in self.config.units else None
         target, goal = self.config.target, self.budget.goals[-1]
         try:
             try:
-                self._allocate(flat, goal, losses)
+                self._reach(goal, self.budget.costs)
             except BudgetError:
                 narrower = self._narrower_widths()
                 if not narrower:
                     raise
                 narrow = copy.deepcopy(self.model)
                 cut(narrow, Plan({}, hidden=tuple(range(narrower[-1]))))
-                self._allocate(flat, goal, losses, sites=find_sites(narrow), costs=self._costs_of(narrow))
+                self._reach(goal, self._costs_of(narrow))
         except BudgetError as error:
             raise BudgetError(f"target {target.quantity} {target.goals[-1]:g} is out of reach: {error}") from None
+
+    def _reach(self, goal: float, costs: Costs) -> None:
+        """Find a plan for a budget, whatever it loses.
+
+        Raises:
+            BudgetError: There is none.
+        """
+        flat = {site.name: Curve.from_scores(torch.zeros(site.units)) for site in self.sites}
+        losses = dict.fromkeys(costs.fixed, 0.0) if "layers" in self.config.units else None
+        self._allocate(flat, goal, losses, costs=costs)
 
     @staticmethod
     def _require_stream(model: nn.Module) -> None:
@@ -505,14 +513,18 @@ class Pruner:
             return self._widest(widths, choices, budget)
         best, chosen = float("inf"), widths.width
         for width in choices:
+            try:
+                if best == float("inf"):  # what is too wide needs no repair
+                    self._reach(budget, self._costs_at(widths, width))
+            except BudgetError:
+                continue
             narrow = widths.at(width)
             if narrow.loss >= best:
                 break
-            costs = self._costs_at(widths, width)
             curves = self._ranked if width == widths.width and self._ranked is not None else widths.curves(width)
             losses = self._layer_losses(curves) if self._droppable else None
             try:
-                plan = self._allocate(curves, budget, losses, sites=find_sites(narrow.model), costs=costs)
+                plan = self._allocate(curves, budget, losses, costs=self._costs_at(widths, width))
             except BudgetError:
                 continue
             loss = widths.loss_of(width, plan)
@@ -676,15 +688,14 @@ class Pruner:
         budget: float,
         losses: dict[str, float] | None,
         *,
-        sites: list[Site] | None = None,
         costs: Costs | None = None,
     ) -> Plan:
-        """The plan for a budget, of the model at hand or of another one with sites of the same names."""
-        sites, costs = sites or self.sites, costs or self.budget.costs
+        """The plan for a budget, by the costs of the model at hand, or of a narrower one."""
+        costs = costs or self.budget.costs
         if losses is not None:
             losses = self._with_room(losses, budget, costs)
         return allocate(
-            sites,
+            self.sites,
             curves,
             costs,
             budget,

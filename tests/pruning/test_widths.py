@@ -25,10 +25,11 @@ from tests.families import largest_difference, make_inputs, make_model, run_mode
 
 AT_ONCE = {"name": "constant", "start": 0.0}
 MEASURE = MeasureConfig(batch=2, length=8, rounds=3, warmup=0, threads=1, device="cpu")
+TIGHT = {"heads": 3, "neurons": 36}
 SPARE = (3, 4, 9, 14, 15, 20, 27, 30)  # features that nothing reads
 
 
-def batches(name: str, *, count: int = 8, size: int = 6) -> list[dict[str, torch.Tensor]]:
+def batches(name: str, *, count: int = 4, size: int = 8) -> list[dict[str, torch.Tensor]]:
     return [make_inputs(name, task_class(name), batch=size, seed=seed) for seed in range(count)]
 
 
@@ -95,7 +96,7 @@ def test_criteria_that_look_at_weights_need_no_examples():
 def test_repair_brings_predictions_back_on_data_it_has_not_seen(name):
     auto = task_class(name)
     dense = make_model(name, auto)
-    seen, unseen = batches(name, count=12, size=12), make_inputs(name, auto, batch=12, seed=99)
+    seen, unseen = batches(name, count=8, size=16), make_inputs(name, auto, batch=12, seed=99)
     kept = torch.tensor(stream_surgeon(dense, seen).kept(28))
     narrow = copy.deepcopy(dense)
     cut(narrow, Plan({}, hidden=tuple(kept.tolist())))
@@ -128,7 +129,7 @@ def kl(model: Any, other: Any, held: list[dict[str, torch.Tensor]]) -> float:
 
 @pytest.mark.parametrize(
     ("name", "spare", "most"),
-    [("bert", False, None), ("bert", False, {"heads": 3, "neurons": 36}), ("vit", True, None), ("llama", True, None)],
+    [("bert", False, None), ("bert", False, TIGHT), ("vit", False, TIGHT), ("llama", True, None)],
 )
 def test_no_other_width_loses_less(name, spare, most):
     dense = with_spare_features(name) if spare else make_model(name, task_class(name))
@@ -286,7 +287,7 @@ def test_all_units_together_are_pruned_saved_and_loaded(name, tmp_path):
     assert largest_difference(run_model(again, inputs), run_model(model, inputs)) < 1e-6
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random", "fisher", "taylor", "activation_variance", "first_order"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "fisher", "first_order"])
 def test_every_kind_of_criterion_finds_a_width(criterion):
     model = make_model("bert", task_class("bert"))
     pruner = prune(model, "bert", criterion=criterion, at_least={"heads": 3, "neurons": 40})
