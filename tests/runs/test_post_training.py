@@ -324,7 +324,11 @@ def test_within_a_bound_on_a_real_clock(material, tmp_path):
     rows = prune_folder(
         str(material / "bert"),
         tmp_path / "small",
-        configure(target={"max_drop": 100.0}, units=["heads", "neurons", "sublayers", "layers"]),
+        configure(
+            target={"max_drop": 100.0},
+            units=["heads", "neurons", "sublayers", "layers", "hidden"],
+            multiple_of={"neurons": 1, "hidden": 4},
+        ),
         DataConfig(train=str(material / "films.csv"), **FILMS_DATA),
         measure=MEASURE,
         seed=1,
