@@ -130,7 +130,7 @@ class PruningMixin(ExactTrainerMixin):
     def _kept_features(self) -> tuple[tuple[int, ...], int] | None:
         if self._pruner_state is not None:
             facts = json.loads((self._pruner_state / STATE_FILE).read_text(encoding="utf-8"))
-            features, before = facts["features"], facts["hidden_before"]
+            features, before = facts.get("features"), facts.get("hidden_before")
         else:
             features, before = (None, 0) if self.pruner is None else (self.pruner.features, self.pruner.hidden_before)
         return None if features is None else (tuple(features), int(before))
