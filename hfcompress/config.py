@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-UnitKind = Literal["heads", "neurons", "sublayers", "layers"]
+UnitKind = Literal["heads", "neurons", "sublayers", "layers", "hidden", "vocabulary"]
 CriterionName = Literal[
     "obs",
     "first_order",
@@ -473,20 +473,25 @@ class PerKind(Section):
 
 
 class MultipleOf(Section):
-    """Counts left in a sublayer are multiples of these, or the full count.
+    """Counts left in a sublayer, and features left in the hidden states, are multiples of these, or the full count.
 
     "auto" is what the device computes fast.
     """
 
     heads: int = Field(default=1, ge=1)
     neurons: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    hidden: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
 
 
 class AtLeast(PerKind):
-    """No sublayer keeps fewer units than these; 0 allows a sublayer to be skipped altogether."""
+    """No sublayer keeps fewer units than these; 0 allows a sublayer to be skipped altogether.
+
+    The hidden states keep at least `hidden` features; None is half of those there were.
+    """
 
     heads: int = Field(default=1, ge=0)
     neurons: int = Field(default=8, ge=0)
+    hidden: int | None = Field(default=None, ge=1)
 
 
 class PruneConfig(Section):
@@ -495,7 +500,7 @@ class PruneConfig(Section):
     Attributes:
         target: How small or fast.
         units: What may be removed: "heads" and "neurons" one by one, whole attention or feed-forward "sublayers", whole
-            "layers".
+            "layers", features of the "hidden" states everywhere at once, tokens of the "vocabulary" that the training data hardly uses.
         criterion: How units are ranked; a name, or a mapping with its settings.
         repair: Refit what stays by least squares after each cut, on `criterion.samples` examples. None does so where
             the criterion looks at examples anyway.
@@ -503,6 +508,8 @@ class PruneConfig(Section):
         scope: "global" takes what costs least loss anywhere; "site" takes the same share everywhere.
         multiple_of: Counts left are multiples of these.
         at_least: What every sublayer keeps.
+        coverage: Of the vocabulary: the tokens that stay make up at least this share of the training data. Where nothing else is pruned,
+            as many stay as the target leaves room for.
         uniform: Make all layers alike and use only what the architecture's own config can say, so that the
             result loads with plain transformers.
         cut: "gradual" removes closed units from the weights at each update, so that training gets faster
@@ -518,6 +525,7 @@ class PruneConfig(Section):
     scope: Literal["global", "site"] = "global"
     multiple_of: MultipleOf = MultipleOf()
     at_least: AtLeast = AtLeast()
+    coverage: float = Field(default=0.999, gt=0, le=1)
     uniform: bool = False
     cut: Literal["gradual", "end"] = "gradual"
 
@@ -530,19 +538,34 @@ class PruneConfig(Section):
     def _fits_together(self) -> PruneConfig:
         if len(set(self.units)) != len(self.units):
             raise ValueError(f"units names a kind twice: {self.units}")
+        if self.units == ["vocabulary"]:
+            self._vocabulary_can_do_it()
         if self.uniform and "layers" in self.units:
             raise ValueError("uniform and units: layers cannot be had together; drop layers in a run of its own")
         if self.scope == "site" and {"sublayers", "layers"} & set(self.units):
             raise ValueError(
                 "scope: site takes the same share everywhere, so whole sublayers or layers cannot go; use global"
             )
-        if self.cut == "end" and ("layers" in self.units or self.repair or len(self.target.goals) > 1):
+        if self.cut == "end" and ({"layers", "hidden"} & set(self.units) or self.repair or len(self.target.goals) > 1):
             raise ValueError(
                 "cut: end only closes heads, neurons and sublayers, for one target and without repair; use cut: gradual"
             )
         if self.criterion.name == "learned":
             self._gates_can_learn()
         return self
+
+    def _vocabulary_can_do_it(self) -> None:
+        """Refuse targets that a smaller vocabulary alone cannot reach.
+
+        Raises:
+            ValueError: One line that says what, and what to do instead.
+        """
+        target = self.target
+        if target.quantity != "parameters" or target.scope != "model" or len(target.goals) > 1:
+            raise ValueError(
+                "units: vocabulary alone changes the number of parameters of the whole model, once, and no speed; give one "
+                "target.parameters, or more units"
+            )
 
     def _gates_can_learn(self) -> None:
         """Refuse what learned gates cannot do.
@@ -560,6 +583,8 @@ class PruneConfig(Section):
             )
         if "layers" in self.units:
             raise ValueError("criterion: learned has no gates on whole layers; use sublayers, or another criterion")
+        if "hidden" in self.units:
+            raise ValueError("criterion: learned has no gates on hidden features; use another criterion, such as obs")
         if len(self.target.goals) != 1:
             raise ValueError(
                 "criterion: learned works towards one target; give a single number, or use another criterion"

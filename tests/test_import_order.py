@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distillation": _BELOW,
     # Looking at a model on sample data; what it is seen to do is for pruning and quantization alike.
     "calibration": {"config", "anatomy"},
-    "pruning": _BELOW | {"calibration"},
+    # What the plain config of an architecture can say is known where checkpoints are written.
+    "pruning": _BELOW | {"calibration", "checkpoints"},
     "checkpoints": _BELOW,
     # It writes its step into the record of what it loads; nothing in checkpoints knows of it.
     "quantization": _BELOW | {"calibration", "checkpoints"},

@@ -209,7 +209,7 @@ def _set_per_layer(config: Any, per_layer: dict[int, dict[str, int]]) -> bool:
 
 def _auto_map(model: nn.Module) -> dict[str, str]:
     """For each Auto class that covers the model's class, the class of the modelling file."""
-    model_type, names = model.config.model_type, {"AutoModel": _bare_class(model)}
+    model_type, names = model.config.model_type, {"AutoModel": bare_class(model)}
     for auto in _AUTO_CLASSES:
         mapping = getattr(getattr(transformers, auto), "_model_mapping", None)
         covered = getattr(mapping, "_model_mapping", {}).get(model_type, ())
@@ -220,7 +220,7 @@ def _auto_map(model: nn.Module) -> dict[str, str]:
     return {auto: f"{module}.{name}" for auto, name in names.items()}
 
 
-def _bare_class(model: nn.Module) -> str:
+def bare_class(model: nn.Module) -> str:
     """Name of the class without a head on top, as `AutoModel` knows it."""
     known: Any = transformers.AutoModel._model_mapping._model_mapping.get(model.config.model_type)  # type: ignore[attr-defined, union-attr]
     known = known[0] if isinstance(known, list | tuple) else known
@@ -246,7 +246,7 @@ def modeling_source(model: nn.Module) -> str:
     """
     has_hidden = read_hidden(model.config) is not None
     body = "\n".join(_standing_alone(module) for module in ((sites, stream) if has_hidden else (sites,)))
-    names = sorted({type(model).__name__, _bare_class(model)})
+    names = sorted({type(model).__name__, bare_class(model)})
     classes = "\n\n".join((_CLASS_HIDDEN if has_hidden else _CLASS).format(name=name) for name in names)
     four_bits = getattr(model, "is_loaded_in_4bit", False)
     guard = _GUARD.format(patch=inspect.getsource(hooks.patch_bitsandbytes)) if four_bits else ""

@@ -93,6 +93,23 @@ def read_hidden(config: Any) -> tuple[int, int] | None:
     return None if record is None else recorded_hidden(record)
 
 
+def read_vocabulary(config: Any) -> tuple[int, int] | None:
+    """Tokens (left, before) by the steps that were recorded; None if none were cut.
+
+    Raises:
+        StructureError: The record is not valid.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> config = BertConfig()
+        >>> add_step(config, "vocabulary", left=8000, before=30522)
+        >>> read_vocabulary(config)
+        (8000, 30522)
+    """
+    steps = [step for step in read_steps(config) if step.get("step") == "vocabulary"]
+    return (steps[-1]["left"], steps[0]["before"]) if steps else None
+
+
 def needs_building(config: Any) -> bool:
     """Whether a config records shapes that the plain class does not build: units or hidden features that are gone.
 

@@ -32,14 +32,16 @@ examples:
 Pairs = dict[str, tuple[int, int]]
 
 
-def what_is_left(model: str, revision: str | None = None) -> tuple[Pairs, Pairs, tuple[int, int] | None]:
-    """Of units by site, of layers by stack, and of hidden features (left, before), from the config alone."""
+def what_is_left(
+    model: str, revision: str | None = None
+) -> tuple[Pairs, Pairs, tuple[int, int] | None, tuple[int, int] | None]:
+    """Of units by site, of layers by stack, of hidden features, and of tokens (left, before), from the config alone."""
     import torch
 
     from hfcompress.anatomy import find_sites
     from hfcompress.checkpoints.damage import damage_named
     from hfcompress.checkpoints.io import model_class
-    from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units
+    from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units, read_vocabulary
 
     cls, config = model_class(model, revision=revision)
     with damage_named(model), torch.device("meta"):
@@ -49,7 +51,7 @@ def what_is_left(model: str, revision: str | None = None) -> tuple[Pairs, Pairs,
         # A model whose plain config says its shapes keeps what it had before in the step that pruned it.
         before = {name: int(pair[1]) for name, pair in step.get("units", {}).items()} | before
     units = {site.name: (site.units, before.get(site.name, site.units)) for site in sites}
-    return units, read_layers(config), read_hidden(config)
+    return units, read_layers(config), read_hidden(config), read_vocabulary(config)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,14 +61,15 @@ def run(options: argparse.Namespace) -> int:
     from hfcompress.checkpoints.staging import staged_file
     from hfcompress.hub.picture import draw_layers, save_layers_picture
 
-    units, layers, hidden = what_is_left(options.model, options.revision)
+    units, layers, hidden, tokens = what_is_left(options.model, options.revision)
     if options.json:
 
         def said(pairs: Pairs) -> dict[str, Any]:
             return {name: {"left": left, "before": before} for name, (left, before) in pairs.items()}
 
         found = said(units) | ({"layers": said(layers)} if layers else {})
-        print(json.dumps(found | (said({"hidden": hidden}) if hidden else {}), indent=2))
+        others = {name: pair for name, pair in (("hidden", hidden), ("vocabulary", tokens)) if pair}
+        print(json.dumps(found | said(others), indent=2))
     else:
         print(draw_layers(units, layers=layers))
         for kind in ("heads", "neurons"):
@@ -77,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
             print(f"layers of the {stack}: {left:,} of {before:,} ({left / before:.0%})")
         if hidden:
             print(f"hidden features: {hidden[0]:,} of {hidden[1]:,} ({hidden[0] / hidden[1]:.0%})")
+        if tokens:
+            print(f"tokens: {tokens[0]:,} of {tokens[1]:,} ({tokens[0] / tokens[1]:.0%})")
     if options.picture:
         with staged_file(options.picture) as file:
             save_layers_picture(units, file, layers=layers)

@@ -14,6 +14,7 @@ from hfcompress.cli.arguments import (
     number,
     options_named,
     require_empty,
+    share,
 )
 from hfcompress.cli.inspect import what_is_left
 
@@ -35,6 +36,10 @@ examples:
   hfcompress prune user/model --data train.parquet --max-drop 1.0 --output ./small
   hfcompress prune ./smollm --data wiki.txt --parameters 0.8 --length 512 --samples 128 --output ./smaller
   hfcompress prune ./vit --data images/ --flops 0.6 --units heads neurons sublayers --output ./vit-60
+  hfcompress prune ./bert-sst2 --data train.csv --parameters 0.4 --units heads neurons hidden vocabulary --output ./tiny
+
+With hidden, models of several hidden widths are cut and compared, which takes several times as long. With vocabulary, tokens that
+--data hardly uses go from tokenizer and embeddings first; alone, it keeps as many as --parameters leaves room for.
 """,
     )
     data_arguments(parser)
@@ -50,8 +55,14 @@ examples:
         "--units",
         nargs="+",
         default=["heads", "neurons", "sublayers"],
-        choices=["heads", "neurons", "sublayers", "layers"],
+        choices=["heads", "neurons", "sublayers", "layers", "hidden", "vocabulary"],
         help="what may go (default: heads neurons sublayers)",
+    )
+    parser.add_argument(
+        "--coverage",
+        type=share,
+        default=0.999,
+        help="of the vocabulary: share of the tokens in --data that stay (default 0.999)",
     )
     parser.add_argument("--criterion", default="obs", help="how units are ranked (default obs)")
     parser.add_argument("--no-repair", action="store_true", help="leave the weights that stay as they are")
@@ -78,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
         "criterion": {"name": options.criterion, "samples": options.samples},
         "repair": not options.no_repair,
         "uniform": options.uniform,
+        "coverage": options.coverage,
     }
     recipe = Recipe.from_dict({"prune": section, **data_sections(options)}, source="hfcompress prune")
     assert recipe.prune is not None and recipe.data is not None
@@ -94,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
             command=command_line(["hfcompress", *sys.argv[1:]]),
             say=lambda text: print(f"== {text}", file=sys.stderr),
         )
-    units, layers, _ = what_is_left(str(target))
+    units, layers, *_ = what_is_left(str(target))
     print(draw_layers(units, layers=layers), end="\n\n")
     print(format_rows(rows))
     print(f"\n{target}: loads again by every way its card names (hfcompress push {target} user/name)")

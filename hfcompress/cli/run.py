@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     student = run.output / "student"
     print()
     if student.is_dir():
-        units, layers, _ = what_is_left(str(student))
+        units, layers, *_ = what_is_left(str(student))
         if any(left != before for left, before in (*units.values(), *layers.values())):
             print(draw_layers(units, layers=layers), end="\n\n")
     print(format_rows(rows))

@@ -16,7 +16,7 @@ import hfcompress
 from hfcompress.checkpoints.adapters import ADAPTER_FILE, read_config
 from hfcompress.checkpoints.portable import MODELING_FILE
 from hfcompress.checkpoints.quantizer import DYNAMIC
-from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units
+from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units, read_vocabulary
 from hfcompress.hub.contract import contract_of, describe, judge, verdict
 from hfcompress.hub.picture import draw_layers, save_curves_picture, save_layers_picture, save_tradeoff_picture
 from hfcompress.hub.results import (
@@ -287,6 +287,9 @@ def summarize(config: Any) -> str:
     hidden = read_hidden(config)
     if hidden is not None:
         text += f" The hidden states have {hidden[0]:,} of {hidden[1]:,} features left."
+    tokens = read_vocabulary(config)
+    if tokens is not None:
+        text += f" The vocabulary has {tokens[0]:,} of {tokens[1]:,} tokens left."
     return text
 
 

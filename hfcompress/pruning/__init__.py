@@ -7,12 +7,14 @@ from hfcompress.pruning.curves import Curve
 from hfcompress.pruning.evidence import Evidence
 from hfcompress.pruning.gates import Gates, gate_gradients
 from hfcompress.pruning.plan import Plan, cut, original_units
-from hfcompress.pruning.pruner import Pruner
+from hfcompress.pruning.pruner import Pruner, fit_to_device
 from hfcompress.pruning.ranking import rank_units
 from hfcompress.pruning.repair import repair
 from hfcompress.pruning.schedules import make_schedule, update_steps
 from hfcompress.pruning.sensitivity import LayerSensitivity, Sensitivity, measure_layers, measure_sensitivity
-from hfcompress.pruning.stream import stream_gradients, stream_magnitude
+from hfcompress.pruning.stream import stream_gradients, stream_magnitude, stream_surgeon
+from hfcompress.pruning.stream_repair import repair_stream
+from hfcompress.pruning.widths import Widths
 
 __all__ = [
     "CRITERIA",
@@ -25,8 +27,10 @@ __all__ = [
     "Plan",
     "Pruner",
     "Sensitivity",
+    "Widths",
     "allocate",
     "cut",
+    "fit_to_device",
     "gate_gradients",
     "make_budget",
     "make_schedule",
@@ -35,7 +39,9 @@ __all__ = [
     "original_units",
     "rank_units",
     "repair",
+    "repair_stream",
     "stream_gradients",
     "stream_magnitude",
+    "stream_surgeon",
     "update_steps",
 ]

@@ -14,11 +14,12 @@ from torch import nn
 from hfcompress.anatomy import find_sites
 from hfcompress.anatomy.depth import full_depth
 from hfcompress.anatomy.stream import built_model
+from hfcompress.checkpoints.record import read_vocabulary
 from hfcompress.config import MeasureConfig, Target
 from hfcompress.measurement import compare_latency, example_inputs, speedup
 from hfcompress.measurement.copies import cut_copy, find_layer_sites
 from hfcompress.measurement.costs import Costs, ParameterScope, flops_costs, parameter_costs
-from hfcompress.measurement.latency_table import TableError, measure_latency_table
+from hfcompress.measurement.latency_table import LatencyTable, TableError, measure_latency_table
 from hfcompress.pruning.plan import Plan, original_units
 
 logger = logging.getLogger(__name__)
@@ -105,27 +106,49 @@ def describe(costs: Costs, dense: float, goals: Collection[float]) -> str:
     return f"dense: {dense:,.4g} {unit}; to reach: {', '.join(f'{goal:,.4g}' for goal in goals)}"
 
 
-def _costs(model: nn.Module, dense: nn.Module, target: Target, measure: MeasureConfig) -> tuple[Costs, float]:
-    """The costs of a model as it is, and what it cost before anything was pruned."""
+def costs_of(model: nn.Module, target: Target, *, measure: MeasureConfig) -> Costs:
+    """The costs of a model as it is, in the quantity of a target; times are measured, unless they were before.
+
+    Args:
+        model: The model, not wrapped.
+        target: With goals.
+        measure: What the target does not say about how time is measured.
+    """
     if target.quantity in ("sparsity", "parameters"):
         scope: ParameterScope = "sites" if target.quantity == "sparsity" else target.scope
-        costs = parameter_costs(model, scope=scope)
-        return costs, (costs if dense is model else parameter_costs(dense, scope=scope)).total({})
+        return parameter_costs(model, scope=scope)
     if target.quantity == "flops":
-        inputs = timing_inputs(model, target, measure, batch=1)
-        costs = flops_costs(model, inputs, scope=target.scope)
-        return costs, (costs if dense is model else flops_costs(dense, inputs, scope=target.scope)).total({})
+        return flops_costs(model, timing_inputs(model, target, measure, batch=1), scope=target.scope)
     if target.quantity in ("speedup", "latency_ms"):
-        _require_device(model, target)
-        inputs = timing_inputs(model, target, measure)
-        threads = target.threads if target.threads is not None else measure.threads
-        table = measure_latency_table(dense, inputs, threads=threads, scope=target.scope)
-        whole = table.costs(dense).total({})
-        try:
-            return table.costs(model), whole
-        except TableError:  # its hidden width was cut, so its layers are others
-            return measure_latency_table(model, inputs, threads=threads, scope=target.scope).costs(model), whole
+        return _table(model, target, measure).costs(model)
     raise ValueError(f"{target.quantity} has no budget of its own; it is looked for along a list of speedups")
+
+
+def _table(model: nn.Module, target: Target, measure: MeasureConfig) -> LatencyTable:
+    inputs = timing_inputs(model, target, measure)
+    threads = target.threads if target.threads is not None else measure.threads
+    return measure_latency_table(model, inputs, threads=threads, scope=target.scope)
+
+
+def _costs(model: nn.Module, dense: nn.Module, target: Target, measure: MeasureConfig) -> tuple[Costs, float]:
+    """The costs of a model as it is, and what it cost before anything was pruned."""
+    if target.quantity not in ("speedup", "latency_ms"):
+        costs = costs_of(model, target, measure=measure)
+        return costs, (costs if dense is model else costs_of(dense, target, measure=measure)).total({})
+    _require_device(model, target)
+    table = _table(dense, target, measure)
+    whole = table.costs(dense).total({})
+    if _rows(model) != _rows(dense):  # what comes after the layers takes another time
+        return costs_of(model, target, measure=measure), whole
+    try:
+        return table.costs(model), whole
+    except TableError:  # its hidden width was cut, so its layers are others
+        return costs_of(model, target, measure=measure), whole
+
+
+def _rows(model: nn.Module) -> int | None:
+    """Tokens of the vocabulary, if there is one."""
+    return getattr(model.config, "vocab_size", None)
 
 
 def _require_device(model: nn.Module, target: Target) -> None:
@@ -161,14 +184,17 @@ def _allowed(target: Target, goal: float, dense: float) -> float:
 def unpruned(model: nn.Module) -> nn.Module:
     """The model itself if nothing was pruned from it, else one with the shapes it had before and weights of no meaning.
 
-    Layers that were dropped and hidden features that were cut count, too.
+    Layers that were dropped, hidden features and tokens that were cut count, too.
     """
     before = original_units(model)
     record = getattr(model.config, "hfcompress", None) or {}
+    tokens = read_vocabulary(model.config)
     whole = all(site.units == before[site.name] for site in find_sites(model))
-    if whole and not any(name in record for name in ("layers", "hidden")):
+    if whole and tokens is None and not any(name in record for name in ("layers", "hidden")):
         return model
     config = full_depth(model)
+    if tokens is not None:
+        config.vocab_size = tokens[1]
     config.hfcompress = {name: part for name, part in record.items() if name not in ("units", "layers", "hidden")}
     parameter = next(model.parameters())
     with torch.random.fork_rng(devices=[]):  # what is drawn here must not change the run

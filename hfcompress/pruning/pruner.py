@@ -12,14 +12,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfcompress.anatomy import Change, Site, StructureError, drop_layers, family_of, find_sites, uniform_config
+from hfcompress.anatomy import (
+    Change,
+    Site,
+    StructureError,
+    drop_layers,
+    family_of,
+    find_sites,
+    find_stream,
+    uniform_config,
+)
 from hfcompress.anatomy.depth import droppable_layers
 from hfcompress.anatomy.sites import recorded_layers
 from hfcompress.calibration import Batch
+from hfcompress.checkpoints.portable import bare_class, plain_config
+from hfcompress.checkpoints.record import read_hidden, read_vocabulary
 from hfcompress.config import MeasureConfig, MultipleOf, PruneConfig
+from hfcompress.measurement.costs import Costs
 from hfcompress.measurement.latency_table import fast_multiple
 from hfcompress.pruning.allocation import BudgetError, alike, allocate, counts_allowed
-from hfcompress.pruning.budgets import Budget, Stopwatch, dense_parameters, kept_units, make_budget, rename_sites
+from hfcompress.pruning.budgets import (
+    Budget,
+    Stopwatch,
+    costs_of,
+    dense_parameters,
+    kept_units,
+    make_budget,
+    rename_sites,
+)
 from hfcompress.pruning.criteria import CRITERIA
 from hfcompress.pruning.curves import Curve
 from hfcompress.pruning.gates import Gates, gate_gradients
@@ -28,6 +48,8 @@ from hfcompress.pruning.plan import Plan, cut, original_units
 from hfcompress.pruning.ranking import rank_units
 from hfcompress.pruning.repair import repair
 from hfcompress.pruning.schedules import make_schedule, update_steps
+from hfcompress.pruning.stream_repair import repair_stream
+from hfcompress.pruning.widths import Widths, narrower_widths
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +132,14 @@ class Pruner:
         budget: What the target means for the model, if it is known already (it may have to be measured).
         measure: What the target does not say about how time is measured.
         curves: What `rank_units` gave for the model as it is, if it was ranked before; the first update uses them.
+        widths: Narrower copies of the model as it is, if they were made before; the first update uses them.
         live: The model that is trained, if its parameters are in shards; `model` is then a plain one of its shapes, weights aside. The
             live one gets gates, whose gradients are the importance, and keeps them: see `carry_out`.
+
+    Attributes:
+        features: The hidden features that are left, counted in the model as it was at the start; None while all are.
+        narrowed: Of the last step: the hidden features that it left, counted in the model as it was before; None if it left all.
+        hidden_before: Hidden features at the start; None where there is no single width.
 
     Raises:
         BudgetError: The target cannot be reached under the recipe's constraints.
@@ -141,6 +169,7 @@ class Pruner:
         budget: Budget | None = None,
         measure: MeasureConfig | None = None,
         curves: dict[str, Curve] | None = None,
+        widths: Widths | None = None,
         live: nn.Module | None = None,
     ) -> None:
         if not config.target.goals:
@@ -159,16 +188,33 @@ class Pruner:
         self.learned: LearnedGates | None = None
         self.reached: list[dict[str, Any]] = []
         self._once = once or (lambda function: function())
-        self._mean, self._batches, self._ranked = mean, batches, curves
+        self._mean, self._batches, self._ranked, self._widths = mean, batches, curves, widths
         self._measure = measure or MeasureConfig()
         self._learns = config.criterion.name == "learned"
         self._needs = None if self._learns else CRITERIA[config.criterion.name].needs
         looks = self._needs not in (None, "steps") and config.cut == "gradual"
         self._repairs = looks if config.repair is None else config.repair
-        if batches is None and (self._repairs or self._needs not in (None, "steps")):
+        self.features: tuple[int, ...] | None = None
+        self.narrowed: tuple[int, ...] | None = None
+        self.hidden_before = hidden_width(model)
+        self._narrows = "hidden" in config.units
+        self._widened = 0  # goals for which the width was decided
+        needy = [
+            f"the criterion {config.criterion.name}" if self._needs not in (None, "steps") else None,
+            "repair" if self._repairs else None,
+            "units: hidden" if self._narrows else None,
+        ]
+        if batches is None and any(needy):
             raise ValueError(
-                f"the criterion {config.criterion.name}{' and repair' if self._repairs else ''} need examples to look at; "
+                f"{' and '.join(filter(None, needy))} need examples to look at; "
                 "give calibration batches, or choose first_order or magnitude without repair"
+            )
+        if self._narrows:
+            self._require_stream(model)
+        if "vocabulary" in config.units and read_vocabulary(model.config) is None:
+            raise ValueError(
+                "units: vocabulary goes before texts are encoded, which a trainer is too late for; use hfcompress run or hfcompress prune, or cut "
+                "the model with hfcompress vocabulary first"
             )
         self.budget: Budget = budget or self._once(lambda: make_budget(model, config.target, measure=self._measure))
         self._stopwatch = self._make_stopwatch()
@@ -181,17 +227,80 @@ class Pruner:
         self._timed = {layer: layer for layer in self.budget.costs.fixed}  # present names to those of the stopwatch
         self._droppable = self._find_droppable(after_a_cut=budget is not None)
         self._permitted = self._uniform_counts() if config.uniform else None
-        # What cannot be reached is said now, not after most of the training.
-        flat = {site.name: Curve.from_scores(torch.zeros(site.units)) for site in self.sites}
-        losses = dict.fromkeys(self.budget.costs.fixed, 0.0) if "layers" in config.units else None
-        try:
-            self._allocate(flat, self.budget.goals[-1], losses)
-        except BudgetError as error:
-            target = config.target
-            raise BudgetError(f"target {target.quantity} {target.goals[-1]:g} is out of reach: {error}") from None
+        self._require_reachable()
         if live is not None:
             self.gates = Gates(live, self.sites)
             self.gates.require_grad()
+
+    def _require_reachable(self) -> None:
+        """Say now what cannot be reached, not after most of the training.
+
+        Raises:
+            BudgetError: The last target is out of reach, with the narrowest hidden width, too.
+        """
+        target, goal = self.config.target, self.budget.goals[-1]
+        try:
+            try:
+                self._reach(goal, self.budget.costs)
+            except BudgetError:
+                narrower = self._narrower_widths()
+                if not narrower:
+                    raise
+                narrow = copy.deepcopy(self.model)
+                cut(narrow, Plan({}, hidden=tuple(range(narrower[-1]))))
+                self._reach(goal, self._costs_of(narrow))
+        except BudgetError as error:
+            raise BudgetError(f"target {target.quantity} {target.goals[-1]:g} is out of reach: {error}") from None
+
+    def _reach(self, goal: float, costs: Costs) -> None:
+        """Find a plan for a budget, whatever it loses.
+
+        Raises:
+            BudgetError: There is none.
+        """
+        flat = {site.name: Curve.from_scores(torch.zeros(site.units)) for site in self.sites}
+        losses = dict.fromkeys(costs.fixed, 0.0) if "layers" in self.config.units else None
+        self._allocate(flat, goal, losses, costs=costs)
+
+    @staticmethod
+    def _require_stream(model: nn.Module) -> None:
+        """Refuse models whose hidden width cannot be cut, or is what they are asked for.
+
+        Raises:
+            StructureError: The architecture has no single hidden width.
+            ValueError: The model has no head.
+        """
+        find_stream(model)
+        if type(model).__name__ == bare_class(model):
+            raise ValueError(
+                f"units: hidden would change what {type(model).__name__} gives, which are its hidden features; prune a model with a head, "
+                "or leave out hidden"
+            )
+
+    def _narrower_widths(self) -> list[int]:
+        """The hidden widths below the present one that may be chosen, the widest first."""
+        if not self._narrows:
+            return []
+        stream = find_stream(self.model)
+        found = narrower_widths(stream.width, stream.before, self.config)
+        if not self.config.uniform:
+            return found
+        said = [width for width in found if self._says_width(width)]
+        if not said:
+            message = f"uniform: the plain config of {self.model.config.model_type} cannot say that hidden features are missing"  # type: ignore[union-attr]
+            if not set(self.config.units) - {"hidden", "vocabulary"}:
+                raise BudgetError(f"{message}; prune something else, or leave out uniform")
+            logger.info("%s, so these stay", message)
+        return said
+
+    def _says_width(self, width: int) -> bool:
+        narrow = copy.deepcopy(self.model)
+        cut(narrow, Plan({}, hidden=tuple(range(width))))
+        return plain_config(narrow) is not None
+
+    def _costs_of(self, model: nn.Module) -> Costs:
+        """The costs of another model than the one at hand."""
+        return self._once(lambda: costs_of(model, self.config.target, measure=self._measure))
 
     def _make_stopwatch(self) -> Stopwatch | None:
         """What measures a plan before it is carried out, where time is the target; on the first process only."""
@@ -234,12 +343,13 @@ class Pruner:
             }
             counts |= {site.name: said for site in group}
             free |= {first.kind} if len(said) > 1 else set()
-        stuck = [kind for kind in self.config.units if kind not in free]
+        asked = [kind for kind in self.config.units if kind not in ("hidden", "vocabulary")]
+        stuck = [kind for kind in asked if kind not in free]
         if stuck:
             message = (
                 f"uniform: the plain config of {config.model_type} cannot say that {' or '.join(stuck)} are missing"
             )
-            if len(stuck) == len(self.config.units):
+            if len(stuck) == len(asked) and not self._narrows:
                 raise BudgetError(f"{message}; prune something else, or leave out uniform")
             logger.info("%s, so these stay", message)
         return counts
@@ -338,10 +448,12 @@ class Pruner:
             return self._learn(step)
         due = [update for update in self._due if self._last_step < update.step <= step]
         self._last_step = step
+        self.narrowed = None
         if not due:
             return []
         update = due[-1]
         batches = self._calibration()
+        narrowed = self._narrow(update.goal, batches)
         curves = self._rank(batches)
         losses = self._layer_losses(curves) if self._droppable else None
         self._forget_half()
@@ -350,7 +462,109 @@ class Pruner:
         plan = self._verified(curves, update.goal, losses) if last else self._allocate(curves, budget, losses)
         if self.config.cut == "end":
             return self._close(plan, last=last)
-        return self._cut(plan, batches)
+        return narrowed + self._cut(plan, batches)
+
+    # ---- hidden width ----
+
+    def _narrow(self, goal: int, batches: Sequence[Batch] | None) -> list[Change]:
+        """Before the first plan on the way to a goal, decide how many hidden features it is reached with, and cut the others."""
+        if not self._narrows or goal < self._widened:
+            return []
+        assert batches is not None
+        self._widened = goal + 1
+        modes = self.model.training
+        self.model.eval()
+        widths, self._widths = self._widths, None
+        if widths is None:
+            widths = Widths(
+                self.model,
+                self.config,
+                batches,
+                repairs=self._repairs,
+                seed=self.seed,
+                reduce=self._mean,
+                once=self._once,
+                collected=self._collected_evidence(),
+            )
+        width = self._choose_width(widths, self.budget.goals[goal])
+        changes: list[Change] = []
+        if width < widths.width:
+            features = widths.features(width)
+            costs = widths.costs.get(width)
+            dense = copy.deepcopy(self.model) if self._repairs else None
+            changes = cut(self.model, Plan({}, hidden=features))
+            if dense is not None:
+                repair_stream(self.model, dense, torch.tensor(features), batches, reduce=self._mean)
+            before = self.features or tuple(range(widths.width))
+            self.features, self.narrowed = tuple(before[place] for place in features), features
+            self._ranked = None
+            self._follow_width(costs)
+        self.model.train(modes)
+        return changes
+
+    def _choose_width(self, widths: Widths, budget: float) -> int:
+        """The width with which a budget costs least: whole plans are tried, on data they were not fitted to.
+
+        What a width loses with all its units grows as it falls, so that once this alone is more than the best plan loses, no
+        narrower one is looked at. Where nothing else may go the widest that meets the budget is the best.
+        """
+        choices = [widths.width, *self._narrower_widths()]
+        if not set(self.config.units) - {"hidden", "vocabulary"}:
+            return self._widest(widths, choices, budget)
+        best, chosen = float("inf"), widths.width
+        for width in choices:
+            try:
+                if best == float("inf"):  # what is too wide needs no repair
+                    self._reach(budget, self._costs_at(widths, width))
+            except BudgetError:
+                continue
+            narrow = widths.at(width)
+            if narrow.loss >= best:
+                break
+            curves = self._ranked if width == widths.width and self._ranked is not None else widths.curves(width)
+            losses = self._layer_losses(curves) if self._droppable else None
+            try:
+                plan = self._allocate(curves, budget, losses, costs=self._costs_at(widths, width))
+            except BudgetError:
+                continue
+            loss = widths.loss_of(width, plan)
+            logger.info(
+                "%d hidden features: %.4g nats per example are lost, %.4g without the rest of the plan",
+                width,
+                loss,
+                narrow.loss,
+            )
+            if loss < best:
+                best, chosen = loss, width
+        return chosen
+
+    def _widest(self, widths: Widths, choices: Sequence[int], budget: float) -> int:
+        low, high = 0, len(choices) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._costs_at(widths, choices[middle]).total({}) <= budget * (1 + 1e-9):
+                high = middle
+            else:
+                low = middle + 1
+        return choices[low]
+
+    def _costs_at(self, widths: Widths, width: int) -> Costs:
+        if width == widths.width:
+            return self.budget.costs
+        if width not in widths.costs:
+            narrow = copy.deepcopy(widths.model)
+            cut(narrow, Plan({}, hidden=widths.features(width)))
+            widths.costs[width] = self._costs_of(narrow)
+        return widths.costs[width]
+
+    def _follow_width(self, costs: Costs | None) -> None:
+        """After hidden features went: what the model costs now, and what time is measured on."""
+        self.sites = find_sites(self.model)
+        self.budget = dataclasses.replace(self.budget, costs=costs or self._costs_of(self.model))
+        self._stopwatch = self._make_stopwatch()
+        self._timed = {layer: layer for layer in self.budget.costs.fixed}
+        if self.config.uniform:
+            self._permitted = self._uniform_counts()
 
     # ---- learned gates ----
 
@@ -402,7 +616,10 @@ class Pruner:
 
     def _calibration(self) -> Sequence[Batch] | None:
         wanted = (
-            self._repairs or self._needs not in (None, "steps") or (self._needs == "steps" and not self._importance)
+            self._repairs
+            or self._narrows
+            or self._needs not in (None, "steps")
+            or (self._needs == "steps" and not self._importance)
         )
         return self._batches() if wanted and self._batches is not None else None
 
@@ -448,7 +665,7 @@ class Pruner:
             losses[layer] = losses.get(layer, 0.0) + float(curve.loss[-1])
         return losses
 
-    def _with_room(self, losses: dict[str, float], budget: float) -> dict[str, float]:
+    def _with_room(self, losses: dict[str, float], budget: float, costs: Costs) -> dict[str, float]:
         """Where training follows, the layers that stay must have room: the least important go until a small share of the budget is
         enough for what layers cost apart from their units.
 
@@ -456,7 +673,7 @@ class Pruner:
         """
         if self.total_steps <= 1:
             return losses
-        costs, must_go = self.budget.costs, -(1.0 + sum(losses.values()))
+        must_go = -(1.0 + sum(losses.values()))
         left = dict(costs.fixed)
         for layer in sorted(losses, key=lambda name: losses[name]):
             if sum(left.values()) <= _FIXED_SHARE * (budget - costs.rest) or len(left) <= 1:
@@ -465,13 +682,22 @@ class Pruner:
                 del left[layer]
         return {layer: loss if layer in left else must_go for layer, loss in losses.items()}
 
-    def _allocate(self, curves: dict[str, Curve], budget: float, losses: dict[str, float] | None) -> Plan:
+    def _allocate(
+        self,
+        curves: dict[str, Curve],
+        budget: float,
+        losses: dict[str, float] | None,
+        *,
+        costs: Costs | None = None,
+    ) -> Plan:
+        """The plan for a budget, by the costs of the model at hand, or of a narrower one."""
+        costs = costs or self.budget.costs
         if losses is not None:
-            losses = self._with_room(losses, budget)
+            losses = self._with_room(losses, budget, costs)
         return allocate(
             self.sites,
             curves,
-            self.budget.costs,
+            costs,
             budget,
             self.config,
             original=self.original,
@@ -613,7 +839,9 @@ class Pruner:
         stacks = recorded_layers(getattr(self.model.config, "hfcompress", None) or {})
         gone = sum(before - left for left, before in stacks.values())
         layers = f" and {gone} of {len(costs.fixed) + gone} layers" if gone else ""
-        logger.info("step %d: %s %s%s; %s", self._last_step, what, " and ".join(counts), layers, state)
+        hidden = read_hidden(self.model.config)
+        wide = f", {hidden[0]} of {hidden[1]} hidden features left" if hidden is not None else ""
+        logger.info("step %d: %s %s%s; %s%s", self._last_step, what, " and ".join(counts), layers, state, wide)
 
     def units(self) -> dict[str, list[int]]:
         """Site name to the units that are left and those there were, where these differ."""
@@ -621,12 +849,16 @@ class Pruner:
         return {name: [left, self.original[name]] for name, left in units.items() if left != self.original[name]}
 
     def totals(self) -> dict[str, int]:
-        """How many heads and neurons are left in all, by the role of their sites: {"heads": 31, "neurons": 9216}."""
+        """How many heads and neurons are left in all, by the role of their sites: {"heads": 31, "neurons": 9216}.
+
+        Where hidden features may go, how many are left, too.
+        """
         found: dict[str, int] = {}
         for name, left in self._open_units(find_sites(self.model)).items():
             role = name.rpartition(".")[2]
             found[role] = found.get(role, 0) + left
-        return found
+        width = hidden_width(self.model)
+        return found | ({"hidden": width} if self._narrows and width is not None else {})
 
     def carry_out(self, model: nn.Module) -> None:
         """Do to a whole copy of a model in shards, in place, what gates do to the live one: cut, or before the last update close."""
@@ -674,6 +906,9 @@ class Pruner:
             "closing": self.gates is not None and not self.done,
             "learning": self.learned is not None,
             "fixed": self._fixed,
+            "features": self.features,
+            "hidden_before": self.hidden_before,
+            "widened": self._widened,
         }
         tensors = {
             f"importance.{key}.{name}": value.contiguous()
@@ -717,12 +952,21 @@ class Pruner:
             if self._live is not None:
                 self.gates.require_grad(not self.done)
         self._fixed = bool(facts["fixed"])
+        self.features = None if facts.get("features") is None else tuple(facts["features"])
+        self.hidden_before = facts.get("hidden_before")
+        self._widened = int(facts.get("widened", 0))
         if facts["learning"]:
             kept = {
                 name.removeprefix("learned."): value for name, value in tensors.items() if name.startswith("learned.")
             }
             self.learned = self._make_learned()
             self.learned.load_state(kept, step=self._last_step)
+
+
+def hidden_width(model: nn.Module) -> int | None:
+    """Hidden features that are left, from the config alone; None where it names no single width."""
+    hidden = read_hidden(model.config)
+    return getattr(model.config, "hidden_size", None) if hidden is None else hidden[0]
 
 
 class _Unshared:
@@ -737,8 +981,7 @@ class _Unshared:
 
 def fit_to_device(config: PruneConfig, model: nn.Module) -> PruneConfig:
     """The recipe with "auto" multiples put in numbers."""
-    if config.multiple_of.neurons != "auto":
-        return config
-    device = next(model.parameters()).device
-    multiple_of = config.multiple_of.model_copy(update={"neurons": fast_multiple(device)})
-    return config.model_copy(update={"multiple_of": multiple_of})
+    given = config.multiple_of
+    fast = fast_multiple(next(model.parameters()).device)
+    numbers = {name: fast for name in ("neurons", "hidden") if getattr(given, name) == "auto"}
+    return config.model_copy(update={"multiple_of": given.model_copy(update=numbers)}) if numbers else config

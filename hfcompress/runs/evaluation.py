@@ -129,7 +129,7 @@ def measure_folders(folders: Mapping[str, Path], rate: Rate | None, config: Meas
 
 def measure_and_keep(
     folders: Mapping[str, Path],
-    rate: Rate | None,
+    rate: Rate | Mapping[str, Rate] | None,
     config: MeasureConfig,
     *,
     origins: Mapping[str, str] | None = None,
@@ -142,15 +142,19 @@ def measure_and_keep(
 
     Args:
         folders: As for `measure_folders`.
-        rate: As for `measure_folders`.
+        rate: As for `measure_folders`; or what scores each model, by name, where they encode texts differently.
         config: As for `measure_folders`.
         origins: Name of each model to that of the one it was made from; by default the first.
         class_names: Where answers are classes, their names: rows then say how many of each were found.
     """
     device = device_of(config.device)
     models = {name: _on(load(folder), device) for name, folder in folders.items()}
-    first = next(iter(models.values()))
+    # What the one with the fewest tokens reads, all can read.
+    first = min(models.values(), key=lambda model: getattr(model.config, "vocab_size", None) or 0)
     inputs = example_inputs(first, batch=config.batch, length=length_for(first, config))
+    rates: Mapping[str, Rate] = (
+        rate if isinstance(rate, Mapping) else {} if rate is None else dict.fromkeys(models, rate)
+    )
     whole, layers = _time(models, inputs, config)
     counter = find_counter(device)
     rows: list[dict[str, Any]] = []
@@ -158,8 +162,8 @@ def measure_and_keep(
     baseline = next(iter(models))
     for name, model in models.items():
         row: dict[str, Any] = {"name": name, "folder": str(folders[name])}
-        if rate is not None:
-            metric, answered = rate(model)
+        if name in rates:
+            metric, answered = rates[name](model)
             row["metric"] = asdict(metric)
             if answered is not None:
                 answers[name] = answered

@@ -12,6 +12,7 @@ import transformers
 
 if TYPE_CHECKING:
     from hfcompress.config import Recipe
+    from hfcompress.runs.evaluation import Rate
     from hfcompress.tasks import PreparedTask
 
 
@@ -20,7 +21,7 @@ def main() -> None:
     from hfcompress.config import Recipe
     from hfcompress.hub.predictions import save_answers
     from hfcompress.hub.results import RESULTS_FILE
-    from hfcompress.runs.evaluation import measure_and_keep, rate_on
+    from hfcompress.runs.evaluation import measure_and_keep
     from hfcompress.runs.pipeline import RECIPE_FILE, origins_of, results_of
 
     transformers.utils.logging.disable_progress_bar()
@@ -29,13 +30,44 @@ def main() -> None:
     paths = {name: Path(folder) for name, folder in folders.items()}
     task = prepare_for(recipe, list(paths.values()))
     found = measure_and_keep(
-        paths, rate_on(task), recipe.measure, origins=origins_of(list(paths)), class_names=task.label_names
+        paths,
+        rates_for(recipe, paths, task, output),
+        recipe.measure,
+        origins=origins_of(list(paths)),
+        class_names=task.label_names,
     )
     for row in found.rows:
         row["folder"] = Path(row["folder"]).name  # no paths of this machine
     results = results_of(recipe, task, found.rows, output)
     save_answers(found.answers, output, fingerprint=task.fingerprint)
     (output / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def rates_for(recipe: Recipe, folders: dict[str, Path], task: PreparedTask, output: Path) -> Rate | dict[str, Rate]:
+    """What scores each model: the baseline reads texts in its own tokens, if the vocabulary was cut.
+
+    Where tokens are what is predicted, scores can only be compared over the same ones: there the baseline is scored with all else as it
+    was and the smaller vocabulary.
+
+    Args:
+        recipe: Of the run.
+        folders: Name to folder, the baseline first.
+        task: As the others read it.
+        output: Folder of the run.
+    """
+    from hfcompress.checkpoints.io import load
+    from hfcompress.runs.evaluation import rate_on
+    from hfcompress.runs.pipeline import SMALLER
+
+    rate = rate_on(task)
+    if recipe.prune is None or "vocabulary" not in recipe.prune.units:
+        return rate
+    baseline = next(iter(folders))
+    if recipe.task in ("fill-mask", "text-generation"):
+        return dict.fromkeys(folders, rate) | {
+            baseline: lambda model: rate(load(output / SMALLER).to(next(model.parameters()).device).eval())
+        }
+    return dict.fromkeys(folders, rate) | {baseline: rate_on(prepare_for(recipe, [folders[baseline]]))}
 
 
 def prepare_for(recipe: Recipe, folders: Sequence[Path]) -> PreparedTask:

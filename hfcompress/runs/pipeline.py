@@ -64,6 +64,7 @@ from hfcompress.runs.fresh import run_fresh
 from hfcompress.runs.processors import copy_processor
 from hfcompress.runs.quantizing import quantize_folder
 from hfcompress.runs.teaching import CACHE_FOLDER, open_teachers
+from hfcompress.runs.vocabulary import counts_in, cut_for
 from hfcompress.tasks import PreparedTask, prepare
 from hfcompress.tasks.writing import WritingScores
 from hfcompress.training import (
@@ -81,6 +82,7 @@ logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
 TEACHER, STUDENT = "teacher", "student"
+SMALLER = "teacher-vocabulary"  # the teacher with the student's vocabulary
 _DONE, _HISTORY = "done.json", "history.json"
 _POINTS = 200  # of a curve, in results.json
 TRADEOFF_FILE = "tradeoff.png"
@@ -119,11 +121,34 @@ class Run:
             )
         if not any((recipe.distill, recipe.prune, recipe.qat, recipe.quantize)):
             raise RecipeError("the recipe asks for nothing: add distill, prune, qat or quantize")
+        if self._cuts_vocabulary():
+            self._refuse_vocabularies()
         for preset in recipe.quantize.presets if recipe.quantize is not None else ():
             if preset in DYNAMIC:
                 require_dynamic(preset)
         assert recipe.data is not None and recipe.task is not None and recipe.output is not None
         return recipe.data, recipe.task, Path(recipe.output)
+
+    def _refuse_vocabularies(self) -> None:
+        """Say what does not go with a smaller vocabulary.
+
+        Raises:
+            RecipeError: One line that says what, and what to do instead.
+        """
+        recipe = self.recipe
+        if recipe.task is None or recipe.task.startswith(("image", "audio")):
+            raise RecipeError(f"prune.units: vocabulary is for texts, and {recipe.task} has none; leave it out")
+        if recipe.task == "feature-extraction":
+            raise RecipeError(
+                "prune.units: vocabulary and feature-extraction do not go together yet, whose score compares outputs text by text in the "
+                "same tokens; cut the teacher with hfcompress vocabulary first"
+            )
+        names = recipe.teacher.names if recipe.teacher is not None else []
+        if len(names) > 1 or (names and recipe.model is not None):
+            raise RecipeError(
+                "prune.units: vocabulary cuts the one teacher, whose copy the student is; name either model or one teacher, or cut each with "
+                "hfcompress vocabulary first"
+            )
 
     def _claim_output(self, restart: bool) -> None:
         path = self.output / RECIPE_FILE
@@ -163,6 +188,8 @@ class Run:
         task = self.prepare()
         with loading_whole():
             teacher = self.make_teacher(task)
+        if self._cuts_vocabulary():
+            task, teacher = self.cut_vocabulary(task)
         if self.recipe.distill or self.recipe.prune or self.recipe.qat:
             self.make_student(task, teacher)
             models = {TEACHER: self._teacher_folder(), **self._goal_folders(), "student": self.output / STUDENT}
@@ -222,10 +249,41 @@ class Run:
         facts = f"{best['speedup']['median']:.2f}x, {lost[best['name']]:.2f} lost"
         self._say(f"The fastest that loses at most {target.max_drop}: {models[best['name']]} ({facts})")
 
-    def prepare(self) -> PreparedTask:
-        """Read and encode the data."""
+    def _cuts_vocabulary(self) -> bool:
+        return self.recipe.prune is not None and "vocabulary" in self.recipe.prune.units
+
+    def cut_vocabulary(self, task: PreparedTask) -> tuple[PreparedTask, nn.Module]:
+        """Cut the vocabulary of the teacher to what the training data use; the task in these tokens, and the model to start from.
+
+        Teacher and student then read and predict the same tokens. Texts all of whose tokens stayed give what they gave before.
+        """
+        assert self.recipe.prune is not None
+        folder = self.output / SMALLER
+        if self.state.is_main_process and not self._is_done(SMALLER):
+            shutil.rmtree(folder, ignore_errors=True)
+            vocabulary = task.processing_class.get_vocab()
+            columns = ["input_ids", *(["labels"] if task.generates else [])]
+            counts = counts_in(task.train_dataset, max(vocabulary.values()) + 1, columns=columns)
+            done = cut_for(self._teacher_folder(), [], folder, self.recipe.prune, counts=counts)
+            self._say(f"The vocabulary keeps {done.tokens[1]:,} of {done.tokens[0]:,} tokens")
+            self._mark_done(SMALLER)
+        self.state.wait_for_everyone()
+        task = self.prepare(ModelConfig(name=str(folder)))
+        with loading_whole(), damage_named(folder):
+            teacher = getattr(transformers, task.auto_class).from_pretrained(folder, dtype=torch.float32)
+        if self.recipe.model is not None:
+            return task, self._named(teacher)
+        teacher.config._name_or_path = self._named_teacher()
+        return task, teacher
+
+    def _taught_folder(self) -> Path:
+        """What the student learns from."""
+        return self.output / SMALLER if self._cuts_vocabulary() else self._teacher_folder()
+
+    def prepare(self, model: ModelConfig | None = None) -> PreparedTask:
+        """Read and encode the data, for the recipe's model or another one."""
         recipe = self.recipe
-        source = recipe.model if recipe.model is not None else ModelConfig(name=str(self._named_teacher()))
+        source = model or recipe.model or ModelConfig(name=str(self._named_teacher()))
         teacher_labels = None
         named = self._named_teacher()
         if named is not None and recipe.model is not None:
@@ -238,7 +296,7 @@ class Run:
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             seed=recipe.seed,
-            must_match=recipe.model is None,
+            must_match=model is not None or recipe.model is None,
             label_names=teacher_labels,
             main_first=self.state.main_process_first,
         )
@@ -307,7 +365,7 @@ class Run:
             logger.info("the student in %s is there already", folder)
             return load(folder)
         recipe = self.recipe
-        teacher_folder = self._teacher_folder()
+        teacher_folder = self._taught_folder()
         if recipe.distill is not None:
             teacher_folder = self.make_assistants(task, teacher)
         doing = [
@@ -340,7 +398,7 @@ class Run:
 
     def make_assistants(self, task: PreparedTask, teacher: nn.Module) -> Path:
         """The models between teacher and student, each distilled from the one before. Returns the folder of the last."""
-        before = self._teacher_folder()
+        before = self._taught_folder()
         config = self.recipe.teacher
         for number, assistant in enumerate(config.assistants if config is not None else [], start=1):
             name = f"assistant-{number}"
@@ -572,7 +630,7 @@ class Run:
             # Assistants taught the student; here the teacher itself does, whose cache is another then.
             assisted = self.recipe.teacher is not None and self.recipe.teacher.assistants
             cache = checkpoints if assisted else self.output
-            learn_from = open_teachers(recipe, self._teacher_folder(), full, args, task, cache)
+            learn_from = open_teachers(recipe, self._taught_folder(), full, args, task, cache)
             distilling = Seq2SeqDistillationTrainer if task.generates else DistillationTrainer
             return distilling(model=student, teacher=learn_from, recipe=recipe, args=args, **common)
 

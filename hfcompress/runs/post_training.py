@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,14 +31,18 @@ from hfcompress.pruning import (
     LayerSensitivity,
     Pruner,
     Sensitivity,
+    Widths,
+    fit_to_device,
     measure_layers,
     measure_sensitivity,
     rank_units,
 )
 from hfcompress.quantization.bits import FLOATS, BitCost, By, bit_costs, format_for, size_bytes
-from hfcompress.runs.evaluation import device_of, measure_and_keep
+from hfcompress.runs.evaluation import Rate, device_of, measure_and_keep
 from hfcompress.runs.examples import Examples, drop, read_examples
 from hfcompress.runs.processors import copy_processor
+from hfcompress.runs.vocabulary import cut_for
+from hfcompress.tasks.corpus import read_corpus
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +72,7 @@ def prune_once(
     measure: MeasureConfig,
     seed: int = 0,
     curves: dict[str, Curve] | None = None,
+    widths: Widths | None = None,
 ) -> Pruned:
     """Prune a model in place, at once, without training: rank, allocate, verify, cut, repair.
 
@@ -77,6 +83,7 @@ def prune_once(
         measure: What the target does not say about how time is measured.
         seed: Of everything random.
         curves: What `rank_units` gave for this model, if it was ranked before.
+        widths: Narrower copies of this model, if they were made before.
 
     Raises:
         BudgetError: The target cannot be reached.
@@ -87,10 +94,17 @@ def prune_once(
         raise ValueError(
             f"pruning without training has one target, not {len(config.target.goals)}; give a single number"
         )
-    schedule = config.schedule.model_copy(update={"name": "constant", "start": 0.0})
-    repair = True if config.repair is None else config.repair
-    config = config.model_copy(update={"schedule": schedule, "repair": repair, "cut": "gradual"})
-    pruner = Pruner(model, config, total_steps=1, seed=seed, batches=lambda: batches, measure=measure, curves=curves)
+    config = _at_once(config)
+    pruner = Pruner(
+        model,
+        config,
+        total_steps=1,
+        seed=seed,
+        batches=lambda: batches,
+        measure=measure,
+        curves=curves,
+        widths=widths,
+    )
     pruner.step(0)
     add_step(
         model.config,
@@ -102,6 +116,13 @@ def prune_once(
         optimizer_steps=0,
     )
     return Pruned(model, config.target.model_dump(exclude_none=True), pruner.reached)
+
+
+def _at_once(config: PruneConfig) -> PruneConfig:
+    """The settings with which everything is done in one step."""
+    schedule = config.schedule.model_copy(update={"name": "constant", "start": 0.0})
+    repair = True if config.repair is None else config.repair
+    return config.model_copy(update={"schedule": schedule, "repair": repair, "cut": "gradual"})
 
 
 def refuse_training_criteria(config: PruneConfig) -> None:
@@ -125,6 +146,7 @@ def prune_within(
     seed: int = 0,
     trials: int = 6,
     fastest: float = 16.0,
+    dense: Metric | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> Pruned:
     """The fastest model that loses no more than `config.target.max_drop`: speedups are tried, halving what is in doubt.
@@ -137,6 +159,7 @@ def prune_within(
         seed: Of everything random.
         trials: Speedups that are tried at most.
         fastest: The largest of them.
+        dense: What is compared with, if that is not the score of `model`.
         say: Told of each trial.
 
     Raises:
@@ -145,10 +168,14 @@ def prune_within(
     """
     if examples.rate is None or config.target.max_drop is None:
         raise ValueError("max_drop needs data to score on: give labelled examples (or text for a decoder)")
-    dense, _ = examples.rate(model)
+    dense = dense or examples.rate(model)[0]
     say(f"dense: {dense.name} {dense.value:.4g} (n={dense.n:,})")
     refuse_training_criteria(config)
     curves = rank_units(model, config.criterion.name, examples.batches, seed=seed)  # the same for every trial
+    widths: Widths | None = None
+    if "hidden" in config.units:
+        fitted = fit_to_device(_at_once(config), model)
+        widths = Widths(model, fitted, examples.batches, repairs=fitted.repair is not False, seed=seed)
     best: Pruned | None = None
     low, high = 1.0, fastest
     for trial in range(trials):
@@ -165,6 +192,7 @@ def prune_within(
                 measure=measure,
                 seed=seed,
                 curves=curves,
+                widths=widths,
             )
         except BudgetError as error:
             say(f"{wanted:.2f}x: {error}")
@@ -216,18 +244,88 @@ def prune_folder(
         ValueError: Something does not fit; nothing was written.
     """
     started = time.perf_counter()
-    model, dtype = _open(source, measure)
-    examples = read_examples(model, source, data, samples=config.criterion.samples, seed=seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        start, rate_dense = source, None
+        if "vocabulary" in config.units:
+            start, rate_dense = _with_fewer_tokens(source, scratch, config, data, measure=measure, seed=seed, say=say)
+        return _prune_from(
+            start,
+            source,
+            output,
+            config,
+            data,
+            rate_dense=rate_dense,
+            started=started,
+            measure=measure,
+            seed=seed,
+            command=command,
+            say=say,
+        )
+
+
+def _with_fewer_tokens(
+    source: str,
+    scratch: str,
+    config: PruneConfig,
+    data: DataConfig,
+    *,
+    measure: MeasureConfig,
+    seed: int,
+    say: Callable[[str], None],
+) -> tuple[str, Rate | None]:
+    """The model with the vocabulary that the data use, in a folder, and what scores the model as it was.
+
+    A classifier is scored on texts in its own tokens. The perplexities of two vocabularies cannot be compared: there the model with all else
+    as it was and fewer tokens stands for it.
+    """
+    if data.train is None:
+        raise ValueError("units: vocabulary counts the tokens of texts; give a file of them")
+    model, _ = _open(source, measure)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(f"units: vocabulary is for texts, and {type(model).__name__} reads none; leave it out")
+    columns = [] if data.text is None else [data.text] if isinstance(data.text, str) else list(data.text)
+    folder = Path(scratch, short_name(source))
+    done = cut_for(source, read_corpus([data.train], text=columns), folder, config)
+    say(
+        f"The vocabulary keeps {done.tokens[1]:,} of {done.tokens[0]:,} tokens; {done.texts_share:.1%} of the texts read as before"
+    )
+    examples = read_examples(model, source, data, samples=1, seed=seed)
+    if examples.task is not None or examples.rate is None:
+        return str(folder), examples.rate
+    smaller, _ = _open(str(folder), measure)
+    rate = read_examples(smaller, str(folder), data, samples=1, seed=seed).rate
+    assert rate is not None
+    return str(folder), lambda _: rate(smaller)
+
+
+def _prune_from(
+    start: str,
+    source: str,
+    output: Path,
+    config: PruneConfig,
+    data: DataConfig,
+    *,
+    rate_dense: Rate | None,
+    started: float,
+    measure: MeasureConfig,
+    seed: int,
+    command: str,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """`prune_folder` from the model to start with, which may have fewer tokens than the source that it is measured beside."""
+    model, dtype = _open(start, measure)
+    examples = read_examples(model, start, data, samples=config.criterion.samples, seed=seed)
     say(f"Calibrating on {examples.n:,} examples")
     if config.target.max_drop is not None:
-        pruned = prune_within(model, config, examples, measure=measure, seed=seed, say=say)
+        dense = None if rate_dense is None else rate_dense(_open(source, measure)[0])[0]
+        pruned = prune_within(model, config, examples, measure=measure, seed=seed, say=say, dense=dense)
     else:
         pruned = prune_once(model, config, examples.batches, measure=measure, seed=seed)
     say(f"Pruned and repaired in {time.perf_counter() - started:.0f} s; saving and loading again by every way")
     pruned.model.to(dtype)  # type: ignore[call-overload]
     pruned.model.save_pretrained(output)  # type: ignore[operator]
     save_probe(pruned.model, output)
-    copy_processor(source, output)
+    copy_processor(start, output)
     checks = verify_folder(output)
     failed = [check for check in checks if not check.ok]
     if failed:
@@ -235,7 +333,9 @@ def prune_folder(
     say("Scoring and timing")
     found = measure_and_keep(
         {"dense": local_folder(source), "pruned": output},
-        examples.rate,
+        examples.rate
+        if rate_dense is None or examples.rate is None
+        else {"dense": rate_dense, "pruned": examples.rate},
         measure,
         class_names=examples.task.label_names if examples.task is not None else (),
     )

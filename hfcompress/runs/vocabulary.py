@@ -6,12 +6,19 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from hfcompress.checkpoints.io import load
 from hfcompress.checkpoints.staging import is_empty
+from hfcompress.config import PruneConfig
 from hfcompress.hub import save_probe, write_card
 from hfcompress.measurement import count_parameters, memory_bytes
 from hfcompress.tasks.corpus import Corpus
@@ -55,6 +62,7 @@ def cut_folder(
     *,
     size: int | None = None,
     coverage: float | None = None,
+    counts: NDArray[np.int64] | None = None,
 ) -> VocabularyCut:
     """Cut the vocabulary of a saved model and its tokenizer to what some texts use, and save both.
 
@@ -66,6 +74,7 @@ def cut_folder(
         output: Folder to write; must be new or empty.
         size: Number of tokens that stay. Give this or `coverage`.
         coverage: Share of the token occurrences in the texts whose tokens stay, in (0, 1].
+        counts: How often each token occurs, if that is known already; the texts are then compared only, and there may be none.
 
     Returns:
         What changed.
@@ -80,12 +89,12 @@ def cut_folder(
     rows, parameters, size_bytes = model.config.vocab_size, count_parameters(model), memory_bytes(model)  # type: ignore[union-attr]
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
     named = [tokens[i] for i in named_ids(model) if i in tokens]
-    counts = count_tokens(tokenizer, texts)
+    counts = count_tokens(tokenizer, texts) if counts is None else counts
     kept = choose_tokens(tokenizer, counts, size=size, coverage=coverage, keep=named)
     if len(kept) >= rows:
         raise VocabularyError(f"nothing to remove: all {rows:,} tokens would stay; give a smaller size or coverage")
     smaller = cut_tokenizer(tokenizer, kept)
-    sample = itertools.islice(texts, 0, None, -(-len(texts) // _SAMPLE))
+    sample = itertools.islice(texts, 0, None, max(1, -(-len(texts) // _SAMPLE)))
     unchanged = share_unchanged(tokenizer, smaller, kept, sample)
     cut_vocabulary(model, kept)
     model.save_pretrained(target)  # type: ignore[operator]
@@ -100,6 +109,61 @@ def cut_folder(
         tokens_share=float(counts[kept].sum() / counts.sum()),
         texts_share=unchanged,
     )
+
+
+def cut_for(
+    source: str | Path, texts: Corpus | Sequence[str | None], output: str | Path, config: PruneConfig, **known: Any
+) -> VocabularyCut:
+    """`cut_folder` as a recipe asks for it: by its coverage, or where nothing else goes as far as its target says.
+
+    Args:
+        source: As for `cut_folder`.
+        texts: As for `cut_folder`.
+        output: As for `cut_folder`.
+        config: With "vocabulary" among its units.
+        **known: Token counts, as for `cut_folder`.
+
+    Raises:
+        ValueError: See `cut_folder`; or the target is out of reach.
+    """
+    if set(config.units) != {"vocabulary"}:
+        return cut_folder(source, texts, output, coverage=config.coverage, **known)
+    goal = config.target.goals[0]
+    try:
+        return cut_folder(source, texts, output, size=_size_for(load(source), goal), **known)
+    except VocabularyError as error:
+        raise VocabularyError(f"target parameters {goal:g}: {error}; or prune more units") from None
+
+
+def _size_for(model: torch.nn.Module, goal: float) -> int:
+    """The number of tokens with which a model has so many parameters, or up to 1 such a share of them."""
+    rows, total = int(model.config.vocab_size), count_parameters(model)  # type: ignore[union-attr, arg-type]
+    each = sum(parameter.numel() // rows for parameter in model.parameters() if parameter.shape[:1] == (rows,))
+    allowed = goal * total if goal <= 1 else goal
+    return max(0, int(rows - (total - allowed) / max(each, 1)) // 8 * 8)
+
+
+def counts_in(rows: datasets.Dataset, tokens: int, *, columns: Sequence[str] = ("input_ids",)) -> NDArray[np.int64]:
+    """How often each token occurs in encoded examples.
+
+    Args:
+        rows: Encoded examples.
+        tokens: Ids there are.
+        columns: Where token ids are; ids below 0 mean none.
+
+    Example:
+        >>> counts_in(datasets.Dataset.from_dict({"input_ids": [[1, 2], [2, 3]]}), 5).tolist()
+        [0, 1, 2, 1, 0]
+    """
+    counts = np.zeros(tokens, dtype=np.int64)
+    for batch in rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=1000):
+        for name in columns:
+            ids = batch.column(name)
+            while pa.types.is_nested(ids.type):
+                ids = pc.list_flatten(ids)
+            flat = ids.to_numpy()
+            counts += np.bincount(flat[flat >= 0], minlength=tokens)
+    return counts
 
 
 def _require_same(model: torch.nn.Module, folder: Path, vocabulary: dict[str, int]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hfcompress.anatomy import StructureError, family_of, find_stream
+from hfcompress.anatomy import Change, StructureError, family_of, find_stream
 from hfcompress.anatomy.sites import find_stacks
 from hfcompress.checkpoints.record import read_hidden
 from hfcompress.config import DistillConfig, Ramp, ever_positive, value_at
@@ -107,6 +107,7 @@ class Comparison:
         self.attentions: LayerMap = ()
         self.relations: LayerMap = ()
         self.projections = nn.ModuleDict()
+        self.features: torch.Tensor | None = None
         self.distances: torch.Tensor | None = None
         self._embedded: tuple[int, int] | None = None
         self._student: Shape | None = None
@@ -175,6 +176,34 @@ class Comparison:
             names.append("embeddings")
         for name in names:
             self.projections[name] = nn.Linear(student.width, teacher.width, bias=False)
+
+    def narrow(self, kept: torch.Tensor) -> list[Change]:
+        """Follow a student that loses hidden features. Changes this object.
+
+        Where its hidden states had the teacher's width, what is left is compared with the same features of the teacher from now on; where a
+        projection lies between, that has as many inputs less.
+
+        Args:
+            kept: The features that stay, int64, ascending, counted in the student as it was.
+
+        Returns:
+            The parameters of projections that were replaced, for the optimizer.
+        """
+        if not len(self.projections):
+            self.features = kept if self.features is None else self.features[kept]
+            return []
+        changes = []
+        for projection in self.projections.values():
+            old = projection.weight
+            index = kept.to(old.device)
+            new = nn.Parameter(old.detach()[:, index])
+            projection.weight, projection.in_features = new, len(kept)
+            changes.append(Change(old, new, 1, index))
+        return changes
+
+    def _of_teacher(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The features of the teacher's hidden states that the student still has."""
+        return hidden if self.features is None else hidden[..., self.features.to(hidden.device)]
 
     def _project(self, hidden: torch.Tensor, key: str) -> torch.Tensor:
         return self.projections[key](hidden.float()) if key in self.projections else hidden
@@ -349,7 +378,7 @@ class Comparison:
 
     def _distance(self, student: int, teacher: int, seen: Seen, targets: Targets) -> torch.Tensor:
         mine = self._project(seen.captured.hidden[student], "shared" if self.dynamic else f"{student}_{teacher}")
-        target = targets.hidden[teacher].to(mine.device)
+        target = self._of_teacher(targets.hidden[teacher]).to(mine.device)
         if mine.shape[:-1] != target.shape[:-1]:
             raise ValueError(
                 f"layer {student} of the student gives {tuple(mine.shape[:-1])} tokens and layer {teacher} of the teacher "
@@ -443,7 +472,7 @@ class Comparison:
                 if mask.shape[1] != last.shape[1]:
                     mask = self._frames(last.shape[1], mask)
             pooled.append(pool(last, mask, how=config.pooling))
-        mine, target = self._project(pooled[0], "embeddings"), pooled[1].to(pooled[0].device)
+        mine, target = self._project(pooled[0], "embeddings"), self._of_teacher(pooled[1]).to(pooled[0].device)
         options: dict[str, Any] = {"temperature": config.temperature} if config.loss == "contrastive" else {}
         count = seen.counts.examples * (len(mine) / batch_size(seen.inputs))
         return EMBEDDING_LOSSES[config.loss](mine, target, count=count, **options)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from hfcompress.anatomy import Change
 from hfcompress.checkpoints.damage import damage_named
 from hfcompress.checkpoints.record import add_step
 from hfcompress.config import DistillConfig, Recipe, ever_positive, value_at
@@ -314,13 +315,25 @@ class DistillationMixin(ExactTrainerMixin):
         if self.comparison is None or not self.comparison.looks_inside or self.teacher is None:
             return
         ours, theirs = self._student_shape(), self._teacher_shape()
-        self.comparison.make_projections(ours, theirs)
+        kept = self._kept_features()
+        if kept is not None and kept[1] == theirs.width:
+            self.comparison.features = torch.tensor(kept[0])
+        else:
+            self.comparison.make_projections(ours, theirs)
         if len(self._projections) and self._layers_go() and not self.comparison.dynamic:
             raise ValueError(
                 f"hidden states of {ours.width} and {theirs.width} features are compared through a projection for each layer, which cannot "
                 "follow prune.units: layers; set distill.hidden.weight to 0, or drop layers in a run of their own"
             )
         self._projections.to(self.args.device)
+
+    def _follow_narrowing(self, kept: tuple[int, ...]) -> list[Change]:
+        if self.comparison is None or not self.comparison.looks_inside:
+            return []
+        changes = self.comparison.narrow(torch.tensor(kept))
+        fresh = {id(change.old): change.new for change in changes if change.new is not None}
+        self._beside = [fresh.get(id(parameter), parameter) for parameter in self._beside]
+        return changes
 
     def _load_projections(self) -> None:
         """Those of the checkpoint that is resumed from, if any; in any case the same on all processes."""
@@ -338,7 +351,7 @@ class DistillationMixin(ExactTrainerMixin):
         self._resumed_from = None
         self._projections.zero_grad()  # of a step that was interrupted
         if self.model_init is not None and self.comparison is not None:
-            self.comparison.projections = nn.ModuleDict()
+            self.comparison.projections, self.comparison.features = nn.ModuleDict(), None
 
     def _start_distilling(self) -> None:
         """Before the first step: take up what a checkpoint kept, and look whether the loss is what it should be."""

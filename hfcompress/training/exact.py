@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
+from hfcompress.anatomy import Change
 from hfcompress.distillation.teachers import without_adapters
 from hfcompress.hub import PushError, RouteCheck, save_probe, write_card
 from hfcompress.hub.commit import create_repo, full_name, refuse_both, require_access
@@ -106,6 +107,18 @@ class ExactTrainerMixin(ShardedMixin):
         return output
 
     # ---- what is trained beside the model ----
+
+    def _kept_features(self) -> tuple[tuple[int, ...], int] | None:
+        """The hidden features that pruning has left, counted in the model as it was at the start, and how many it had then; None for all."""
+        return None
+
+    def _follow_narrowing(self, kept: tuple[int, ...]) -> list[Change]:  # noqa: ARG002
+        """After hidden features went: cut what is trained beside the model along. Returns what was replaced, for the optimizer.
+
+        Args:
+            kept: The features that stay, counted in the model as it was before.
+        """
+        return []
 
     def _make_beside(self) -> list[nn.Parameter]:
         """Make what is trained but is no part of the model, once the optimizer is there; the mixins each add theirs.

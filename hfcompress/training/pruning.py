@@ -68,6 +68,7 @@ class PruningMixin(ExactTrainerMixin):
             )
         if self.pruner is not None:
             self.pruner.forget()  # gates of a run that was interrupted
+        before = None if self.pruner is None else (self.pruner.features, self.pruner.hidden_before)
         facts, tensors = self._resumed_state()
         distributed = self.args.world_size > 1
         self.pruner = Pruner(
@@ -83,6 +84,8 @@ class PruningMixin(ExactTrainerMixin):
             measure=self.recipe.measure,
         )
         self.goal_folders = {}
+        if before is not None and before[0] is not None:
+            self.pruner.features, self.pruner.hidden_before = before
         if facts is not None:
             self.pruner.load_state(facts, tensors)
             self._find_goals()
@@ -124,6 +127,14 @@ class PruningMixin(ExactTrainerMixin):
         facts = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         return facts, safetensors.torch.load_file(folder / TENSORS_FILE)
 
+    def _kept_features(self) -> tuple[tuple[int, ...], int] | None:
+        if self._pruner_state is not None:
+            facts = json.loads((self._pruner_state / STATE_FILE).read_text(encoding="utf-8"))
+            features, before = facts.get("features"), facts.get("hidden_before")
+        else:
+            features, before = (None, 0) if self.pruner is None else (self.pruner.features, self.pruner.hidden_before)
+        return None if features is None else (tuple(features), int(before))
+
     def _calibration_batches(self) -> list[Any]:
         """The training examples that criteria and repair look at: this process's part of them."""
         assert self.prune is not None
@@ -139,6 +150,8 @@ class PruningMixin(ExactTrainerMixin):
         if self.pruner is None or self.pruner.done:
             return
         changes = self.pruner.step(step)
+        if self.pruner.narrowed is not None:
+            changes += self._follow_narrowing(self.pruner.narrowed)
         if changes:
             optimizer = self.optimizer
             replace_parameters(getattr(optimizer, "optimizer", optimizer), changes)

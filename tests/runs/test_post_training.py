@@ -264,7 +264,14 @@ class Scale:
             return self.ranked[-1]
 
         def once(
-            model: Any, config: PruneConfig, batches: Any, *, measure: Any, seed: int = 0, curves: Any = None
+            model: Any,
+            config: PruneConfig,
+            batches: Any,
+            *,
+            measure: Any,
+            seed: int = 0,
+            curves: Any = None,
+            widths: Any = None,
         ) -> Any:
             assert len(self.ranked) == 1 and curves is self.ranked[0], "one ranking serves every trial"
             wanted = config.target.goals[0]
@@ -317,7 +324,11 @@ def test_within_a_bound_on_a_real_clock(material, tmp_path):
     rows = prune_folder(
         str(material / "bert"),
         tmp_path / "small",
-        configure(target={"max_drop": 100.0}, units=["heads", "neurons", "sublayers", "layers"]),
+        configure(
+            target={"max_drop": 100.0},
+            units=["heads", "neurons", "sublayers", "layers", "hidden"],
+            multiple_of={"neurons": 1, "hidden": 4},
+        ),
         DataConfig(train=str(material / "films.csv"), **FILMS_DATA),
         measure=MEASURE,
         seed=1,

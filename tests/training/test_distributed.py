@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import hfcompress
-from hfcompress.anatomy import find_sites
+from hfcompress.anatomy import find_sites, find_stream
 from hfcompress.checkpoints.packed import PackedLinear
 from tests.training.launching import launched, read_facts
 from tests.training.scenarios import (
@@ -37,6 +37,16 @@ LAYERED = {
     "prune": {
         "target": {"parameters": [0.8, 0.4], "scope": "layers"},
         "units": ["layers", "neurons"],
+        "at_least": {"neurons": 40},
+    },
+}
+# So few neurons may go that hidden features have to.
+NARROWER = {
+    **EXAMPLES,
+    "prune": {
+        "target": {"parameters": 0.6, "scope": "layers"},
+        "units": ["neurons", "hidden"],
+        "multiple_of": {"neurons": 4, "hidden": 4},
         "at_least": {"neurons": 40},
     },
 }
@@ -88,6 +98,14 @@ JOBS: dict[str, dict[str, Any]] = {
     "bert-obs": {**WIDE, **DESCENT, **EXAMPLES},
     "layers-saved": {**VIT, **SAVING, **LAYERED},
     "layers-resumed": {**VIT, **SAVING, **LAYERED, "resume_job": "layers-saved/checkpoint-4"},
+    "narrow-saved": {"family": "bert", "task": "sequence", **SAVING, **NARROWER},
+    "narrow-resumed": {
+        "family": "bert",
+        "task": "sequence",
+        **SAVING,
+        **NARROWER,
+        "resume_job": "narrow-saved/checkpoint-4",
+    },
     "learned-saved": {**VIT, **SAVING, **LEARNED},
     "learned-resumed": {**VIT, **SAVING, **LEARNED, "resume_job": "learned-saved/checkpoint-2"},
     "best": {
@@ -189,11 +207,13 @@ def test_both_processes_end_with_the_same_model(two: Path, job: str) -> None:
         assert model.config.hfcompress.get("units") in (found["units"], None)  # None if the plain config says it
         left = {site.name: site.units for site in find_sites(model)}
         assert {name: pair[0] for name, pair in (found["units"] or {}).items()}.items() <= left.items()
-        assert job.startswith("layers") or len(found["units"]) > 2
+        assert job.startswith(("layers", "narrow")) or len(found["units"]) > 2
+        if job.startswith("narrow"):
+            assert find_stream(model).width < 32
 
 
 def test_the_jobs_cover_what_they_should() -> None:
-    assert len(TRAINED) == 23 and len(JOBS) == 28 + 7 * 3 * 2
+    assert len(TRAINED) == 25 and len(JOBS) == 30 + 7 * 3 * 2
 
 
 @pytest.mark.parametrize("job", ROUNDED)
@@ -291,7 +311,7 @@ def test_layers_that_go_are_the_same_on_both_and_every_goal_is_left(two: Path) -
     assert goal.config.hfcompress["steps"][0]["optimizer_steps"] == 3
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit", "learned", "layers"])
+@pytest.mark.parametrize("kind", ["bert", "vit", "learned", "layers", "narrow"])
 def test_resuming_on_two_processes_is_exact_to_the_bit(two: Path, kind: str) -> None:
     assert facts(two, f"{kind}-resumed")["same_weights"]
     assert torch.equal(weights(two, f"{kind}-resumed"), weights(two, f"{kind}-saved"))

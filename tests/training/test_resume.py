@@ -76,6 +76,12 @@ def test_resuming_is_exact_to_the_bit(tmp_path: Path, family: str, cut: str) -> 
 
 EXAMPLES = {"name": "obs", "samples": 12}
 LAYERS = {"target": {"parameters": [0.8, 0.4], "scope": "layers"}, "at_least": {"heads": 2, "neurons": 40}}
+NARROWER = {
+    "target": {"parameters": [0.85, 0.6], "scope": "layers"},
+    "units": ["neurons", "hidden"],
+    "multiple_of": {"neurons": 4, "hidden": 4},
+    "at_least": {"neurons": 40},
+}
 WITH_EXAMPLES: dict[str, dict[str, Any]] = {
     "repair": {"criterion": EXAMPLES, "prune": {"repair": True}},
     "repair without obs": {"criterion": "first_order", "prune": {"repair": True}},
@@ -88,6 +94,9 @@ WITH_EXAMPLES: dict[str, dict[str, Any]] = {
         "criterion": "first_order",
         "prune": {**LAYERS, "units": ["layers", "neurons"]},
     },
+    # So few neurons may go that hidden features have to, for each of the targets; their states are compared with the teacher's.
+    "hidden": {"criterion": EXAMPLES, "hidden": 0.5, "prune": NARROWER},
+    "hidden, wider teacher": {"criterion": "first_order", "hidden": 0.5, "prune": NARROWER, "teacher_width": 48},
 }
 
 
@@ -114,6 +123,10 @@ def test_resuming_a_run_that_looks_at_examples_is_exact_to_the_bit(tmp_path: Pat
         }
         sizes.append(vector(hfcompress.load(checkpoint)).numel())
     assert sizes[0] > sizes[1], "something went between the two checkpoints"
+    if kind.startswith("hidden"):
+        assert model.config.hfcompress["hidden"][0] < 28 and len(whole.pruner.features) < 28
+        assert (whole.comparison.features is None) == ("teacher_width" in options)
+        assert len(whole.comparison.projections) == (3 if "teacher_width" in options else 0)
     if kind.startswith("layers"):
         ((left, before),) = model.config.hfcompress["layers"].values()
         assert left == 1 and before == 3
