@@ -12,8 +12,8 @@ from hfcompress.config import ContractConfig, DataConfig, MeasureConfig, Recipe
 from hfcompress.hub.card import pipeline_of
 from hfcompress.hub.contract import Clause, Status, best_verdict, contract_of, judge, verdict
 from hfcompress.hub.results import read_results
-from hfcompress.runs.evaluation import Rate, measure_and_keep, rate_on
-from hfcompress.runs.measure_saved import prepare_for
+from hfcompress.runs.evaluation import Rate, measure_and_keep
+from hfcompress.runs.measure_saved import prepare_for, rates_for
 from hfcompress.runs.pipeline import RECIPE_FILE, TEACHER, origins_of
 from hfcompress.tasks import TASKS, PreparedTask
 
@@ -91,10 +91,12 @@ def check_folder(
     reference = _baseline(subject, recipe, Path(folder), baseline)
     folders = {_unused("baseline", subject.models): reference, **subject.models}
     config = MeasureConfig(**{**recipe.measure.model_dump(), **(measure or {})})
-    rate, task = None, None
+    rate: Rate | dict[str, Rate] | None = None
+    task = None
     if contract.max_drop is not None:
-        task = _prepare(recipe, data, list(folders.values()), seed=recipe.seed if seed is None else seed)
-        rate = rate_on(task)
+        scored = _scored(recipe, data, list(folders.values()), seed=recipe.seed if seed is None else seed)
+        task = prepare_for(scored, list(folders.values()))
+        rate = rates_for(scored, folders, task, subject.run)
         say(f"Scoring on {len(task.eval_dataset):,} examples and timing {config.rounds} rounds")
     else:
         say(f"Timing {config.rounds} rounds")
@@ -103,7 +105,7 @@ def check_folder(
 
 
 def _measure(
-    folders: dict[str, Path], rate: Rate | None, config: MeasureConfig, task: PreparedTask | None
+    folders: dict[str, Path], rate: Rate | dict[str, Rate] | None, config: MeasureConfig, task: PreparedTask | None
 ) -> list[dict[str, Any]]:
     names = task.label_names if task is not None else ()
     return measure_and_keep(folders, rate, config, origins=origins_of(list(folders)), class_names=names).rows
@@ -157,8 +159,8 @@ def _baseline(subject: _Subject, recipe: Recipe, folder: Path, given: str | Path
     return found
 
 
-def _prepare(recipe: Recipe, data: DataConfig | None, folders: list[Path], *, seed: int) -> PreparedTask:
-    """The evaluation data, encoded."""
+def _scored(recipe: Recipe, data: DataConfig | None, folders: list[Path], *, seed: int) -> Recipe:
+    """The recipe with the data to score on, and what they are for."""
     if data is None and recipe.data is None:
         raise ValueError("there is no run beside it that says what to score on; give --data")
     task = recipe.task or pipeline_of(read_config(folders[-1]))
@@ -167,4 +169,4 @@ def _prepare(recipe: Recipe, data: DataConfig | None, folders: list[Path], *, se
     values = recipe.model_dump(exclude_unset=True) | {"task": task, "seed": seed}
     if data is not None:
         values["data"] = data.model_dump(exclude_unset=True)
-    return prepare_for(Recipe.from_dict(values), folders)
+    return Recipe.from_dict(values)

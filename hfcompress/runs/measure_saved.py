@@ -43,31 +43,43 @@ def main() -> None:
     (output / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def rates_for(recipe: Recipe, folders: dict[str, Path], task: PreparedTask, output: Path) -> Rate | dict[str, Rate]:
-    """What scores each model: the baseline reads texts in its own tokens, if the vocabulary was cut.
+def rates_for(recipe: Recipe, folders: dict[str, Path], task: PreparedTask, run: Path | None) -> Rate | dict[str, Rate]:
+    """What scores each model: the baseline reads texts in its own tokens, if the others have fewer.
 
     Where tokens are what is predicted, scores can only be compared over the same ones: there the baseline is scored with all else as it
-    was and the smaller vocabulary.
+    was and the smaller vocabulary, which a run keeps.
 
     Args:
-        recipe: Of the run.
+        recipe: What was asked for; its data count.
         folders: Name to folder, the baseline first.
         task: As the others read it.
-        output: Folder of the run.
+        run: Folder of the run, if there was one.
+
+    Raises:
+        ValueError: Tokens are what is predicted, and there is no baseline with the smaller vocabulary.
     """
+    from hfcompress.checkpoints.adapters import read_config
     from hfcompress.checkpoints.io import load
+    from hfcompress.checkpoints.record import read_vocabulary
     from hfcompress.runs.evaluation import rate_on
     from hfcompress.runs.pipeline import SMALLER
 
     rate = rate_on(task)
-    if recipe.prune is None or "vocabulary" not in recipe.prune.units:
+    baseline, *_, last = folders
+    before, after = (read_vocabulary(read_config(folders[name])) for name in (baseline, last))
+    if before == after:
         return rate
-    baseline = next(iter(folders))
-    if recipe.task in ("fill-mask", "text-generation"):
-        return dict.fromkeys(folders, rate) | {
-            baseline: lambda model: rate(load(output / SMALLER).to(next(model.parameters()).device).eval())
-        }
-    return dict.fromkeys(folders, rate) | {baseline: rate_on(prepare_for(recipe, [folders[baseline]]))}
+    if recipe.task not in ("fill-mask", "text-generation"):
+        return dict.fromkeys(folders, rate) | {baseline: rate_on(prepare_for(recipe, [folders[baseline]]))}
+    smaller = None if run is None else run / SMALLER
+    if smaller is None or not smaller.is_dir():
+        raise ValueError(
+            f"{last} has fewer tokens than {baseline}, so scores over tokens cannot be compared; leave out --max-drop, or compare with a "
+            "model that hfcompress vocabulary made"
+        )
+    return dict.fromkeys(folders, rate) | {
+        baseline: lambda model: rate(load(smaller).to(next(model.parameters()).device).eval())
+    }
 
 
 def prepare_for(recipe: Recipe, folders: Sequence[Path]) -> PreparedTask:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from transformers import AutoTokenizer
 import hfcompress
 from hfcompress.anatomy import find_stream
 from hfcompress.checkpoints.record import read_steps
-from hfcompress.config import DataConfig, MeasureConfig, PruneConfig, Recipe, RecipeError
+from hfcompress.config import ContractConfig, DataConfig, MeasureConfig, PruneConfig, Recipe, RecipeError
 from hfcompress.hub import verify
 from hfcompress.measurement import count_parameters
 from hfcompress.pruning import make_budget
 from hfcompress.pruning.budgets import unpruned
 from hfcompress.runs import Run, run_recipe
+from hfcompress.runs.checking import check_folder
 from hfcompress.runs.post_training import prune_folder
 from hfcompress.runs.vocabulary import counts_in
 from hfcompress.vocabulary import VocabularyError, count_tokens, cut_vocabulary, named_ids
@@ -199,6 +201,15 @@ def test_a_run_whose_student_has_fewer_tokens(task, material, tmp_path, monkeypa
     assert [step["step"] for step in read_steps(student.config)] == ["vocabulary", "prune", "distill"]
     assert rows[0]["metric"]["name"] == rows[1]["metric"]["name"] and rows[0]["metric"]["n"] > 0
     assert all(parameter.isfinite().all() for parameter in student.parameters())
+    # Checked later, both are scored as they were.
+    contract, model = ContractConfig(max_drop=99.0), str(changes.get("teacher", {"name": material / "bert"})["name"])
+    checked = check_folder(output, contract)
+    assert [row["metric"] for row in checked.rows] == [row["metric"] for row in rows]
+    if task == "fill-mask":
+        shutil.copytree(output / "student", tmp_path / "alone")
+        data = DataConfig(train=str(material / "book.txt"), max_length=16)
+        with pytest.raises(ValueError, match=r"^alone has fewer tokens than baseline, so scores over tokens cannot"):
+            check_folder(tmp_path / "alone", contract, baseline=model, data=data)
     # Started again, the vocabulary is not cut again.
     monkeypatch.setattr("hfcompress.runs.pipeline.cut_for", None)
     run = Run(recipe_for(material, output, **changes), command="hfcompress run x")
