@@ -73,6 +73,9 @@ def main() -> None:
     parser.add_argument("--train", help="parquet file with sentence and label")
     parser.add_argument("--eval", nargs="+", help="parquet files, pooled")
     parser.add_argument("--format", default="int2-g64-asym", help="of trained weights")
+    parser.add_argument(
+        "--activations", choices=["learned", "moving-average"], help="round what enters the layers, too"
+    )
     parser.add_argument("--text", help="text file")
     parser.add_argument("--samples", type=int, default=1024, help="sentences that calibrated looks at")
     parser.add_argument("--blocks", type=int, default=32, help="blocks of 256 tokens that smollm2 looks at")
@@ -153,9 +156,12 @@ def trained(options: argparse.Namespace) -> None:
     """One format, one epoch with the whole model as teacher."""
     model, task = open_task(options.model, options.train, options.eval)
     whole, labels = predict(model, task)
-    output = Path(options.output) / f"{options.format}-{options.seed}"
+    name = options.format + (f"-{options.activations}" if options.activations else "")
+    output = Path(options.output) / f"{name}-{options.seed}"
     settings = TRAIN | ({} if options.max_steps is None else {"max_steps": options.max_steps})
     sections = {"distill": DISTILL, "qat": {"format": options.format}}
+    if options.activations:
+        sections["qat"]["activations"] = {"ranges": options.activations}
     trainer = CompressionTrainer(
         model=copy.deepcopy(model),
         teacher=model,
@@ -169,6 +175,7 @@ def trained(options: argparse.Namespace) -> None:
     trainer.train()
     seconds = time.perf_counter() - begun
     trainer.save_model(str(output / "student"))
+    in_training, _ = predict(trainer.model.eval(), task)
     student = load(output / "student")
     answers, _ = predict(student, task)
     right = whole == labels
@@ -176,12 +183,19 @@ def trained(options: argparse.Namespace) -> None:
     bits, times = bits_per_weight(student)
     goal = GOALS.get(options.format)
     figures = {
-        f"points_lost_{options.format}": {
+        f"points_lost_{name}": {
             "value": float(lost.mean()),
             "unit": "points below full precision, paired",
             "spread": float(lost.std(ddof=1) / np.sqrt(len(lost))),
             "goal": None if goal is None else f"<= {goal}",
             "met": None if goal is None else bool(lost.mean() <= goal),
+        },
+        "same_answers_as_in_training": {
+            "value": float((answers == in_training).mean()),
+            "unit": "share, of what was saved and loaded again",
+            "spread": None,
+            "goal": "1.0",
+            "met": bool((answers == in_training).all()),
         },
         f"smaller_{options.format}": {
             "value": times,
@@ -202,7 +216,7 @@ def trained(options: argparse.Namespace) -> None:
         "figures": figures,
     }
     if options.max_steps is None:
-        _write(options, f"trained-{options.format}-{options.seed}", result)
+        _write(options, f"trained-{name}-{options.seed}", result)
     else:
         print(json.dumps(result, indent=2))
 
