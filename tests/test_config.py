@@ -147,7 +147,7 @@ def test_unknown_keys_get_the_nearest_name(path, near):
 @pytest.mark.parametrize("key", ["zzz", "str", "int", "a[b", "z'z", "0", "a.b", "list[str]", "ä", "x" * 200])
 def test_unknown_keys_without_a_near_name(key):
     message = refusal({"prune": {key: 1}})
-    assert message.startswith(f"recipe: prune.{key} is not a key here. Allowed: at_least, criterion, ")
+    assert message.startswith(f"recipe: prune.{key} is not a key here. Allowed: at_least, coverage, criterion, ")
 
 
 def test_keys_that_are_empty():
