@@ -210,4 +210,9 @@ def _format(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     if device_of(options.device).type != "cpu":
         advice = "" if options.preset in DYNAMIC else "for speed on a GPU: --preset int8-dynamic"
     lines = [f"{line.removesuffix('.')}{advice and '; '}{advice}" for line in words_of_no_gain(rows)]
+    before, after = (row["disk_bytes"] for row in rows)
+    if options.dtype == "auto" and after >= before and before < 3 * rows[0]["parameters"]:
+        lines.append(
+            "what is not rounded is written in 32 bits, as the config says, where the original's file has 16: --dtype float16"
+        )
     return "\n".join([format_rows(rows), *lines])

@@ -275,7 +275,7 @@ def _steps(
 
 
 def words_of_no_gain(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence about each model that is smaller than what it was made from, and not faster (by a twentieth), as measured.
+    """A sentence about each model that is not faster (by a twentieth) than what it was made from, or not smaller, as measured.
 
     Example:
         >>> whole = {"name": "original", "disk_bytes": 91_000_000}
@@ -283,13 +283,24 @@ def words_of_no_gain(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ['nf4-dq is smaller, not faster: 56 % of the size of original, 0.80x its speed.']
         >>> words_of_no_gain([whole, {"name": "pruned", "disk_bytes": 51_000_000, "speedup": {"median": 1.8}}])
         []
+        >>> words_of_no_gain([whole, {"name": "wide", "disk_bytes": 101_000_000, "speedup": {"median": 0.9}}])
+        ['wide is neither smaller nor faster: 111 % of the size of original, 0.90x its speed.']
     """
-    return [
-        f"{row['name']} is smaller, not faster: {100 * row['disk_bytes'] / origin['disk_bytes']:.0f} % of the size of {origin['name']}, "
-        f"{effect['speedup']['median']:.2f}x its speed."
-        for origin, row, effect in _steps(rows)
-        if effect.get("speedup") and effect["speedup"]["median"] <= FASTER and row["disk_bytes"] < origin["disk_bytes"]
-    ]
+    found = []
+    for origin, row, effect in _steps(rows):
+        if not effect.get("speedup"):
+            continue
+        speed, size = effect["speedup"]["median"], row["disk_bytes"] / origin["disk_bytes"]
+        kind = {
+            (True, False): "smaller, not faster",
+            (False, True): "faster, not smaller",
+            (False, False): "neither smaller nor faster",
+        }.get((size < 1, speed > FASTER))
+        if kind is not None:
+            found.append(
+                f"{row['name']} is {kind}: {100 * size:.0f} % of the size of {origin['name']}, {speed:.2f}x its speed."
+            )
+    return found
 
 
 def class_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of the architecture, whatever number of bits each is stored in.
 
-    A bitsandbytes 4-bit weight holds two parameters a byte and counts with its logical shape. Tied weights
-    count once.
+    A bitsandbytes 4-bit weight holds two parameters a byte and counts with its logical shape, and so does a weight that hfcompress
+    packed. Tied weights count once.
 
     Args:
         model: Any module, quantized or not.
@@ -30,6 +30,8 @@ def count_parameters(model: nn.Module) -> int:
     """
     counted: dict[int, int] = {}
     for module in model.modules():
+        if hasattr(module, "scheme") and hasattr(module, "in_features"):  # packed: its weight is codes in a buffer
+            counted[id(module)] = math.prod((module.out_features, module.in_features))
         for parameter in module.parameters(recurse=False):
             counted.setdefault(id(parameter), _logical_elements(module, parameter))
     return sum(counted.values())

@@ -240,7 +240,14 @@ def test_smaller_and_not_faster_is_said(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("speed", "size", "said"), [(1.04, 0.5, True), (1.06, 0.5, False), (0.5, 1.0, False), (0.5, 0.99, True)]
+    ("speed", "size", "said"),
+    [
+        (1.04, 0.5, "smaller, not faster"),
+        (1.06, 0.5, None),
+        (0.5, 1.0, "neither smaller nor faster"),
+        (1.06, 1.2, "faster, not smaller"),
+        (0.5, 0.99, "smaller, not faster"),
+    ],
 )
 def test_what_is_no_gain(speed, size, said):
     rows = [
@@ -255,7 +262,7 @@ def test_what_is_no_gain(speed, size, said):
         },
     ]
     found = words_of_no_gain(rows)
-    assert len(found) == said and (not said or found[0].startswith("pruned + x is smaller, not faster:"))
+    assert [line.partition(":")[0] for line in found] == ([] if said is None else [f"pruned + x is {said}"])
 
 
 def test_what_torchao_made_is_compiled(tmp_path, monkeypatch):
@@ -269,6 +276,20 @@ def test_what_torchao_made_is_compiled(tmp_path, monkeypatch):
     assert [row["latency"]["compiled"] for row in rows] == [True, True]
     card = (tmp_path / "small" / "README.md").read_text()
     assert "All went through torch.compile." in card and ", compiled; hfcompress" in card
+
+
+def test_a_file_of_16_bits_whose_config_says_32_would_grow(tmp_path, capsys):
+    save(tmp_path, "classifier")
+    folder = tmp_path / "classifier"
+    config = (folder / "config.json").read_text()
+    hfcompress.load(folder).half().save_pretrained(folder)
+    (folder / "config.json").write_text(config)
+    assert run("classifier", preset="int8-channel") == 0
+    said = capsys.readouterr().out
+    rows = read_results(tmp_path / "small")["rows"]
+    assert rows[0]["parameters"] == rows[1]["parameters"] and rows[1]["disk_bytes"] > rows[0]["disk_bytes"]
+    assert "int8-channel is neither smaller nor faster: " in said or "int8-channel is faster, not smaller: " in said
+    assert "where the original's file has 16: --dtype float16\n" in said
 
 
 def test_without_measuring(tmp_path, monkeypatch, capsys):
