@@ -124,13 +124,14 @@ def test_alone_as_many_tokens_stay_as_there_is_room_for(name, material, tmp_path
     assert str(material) not in (tmp_path / "small" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_all_units_together(name, material, tmp_path):
+# Shares of the parameters that no plan of full width reaches: which width loses least is a matter of the last bits here.
+@pytest.mark.parametrize(("name", "share"), [("bert", 0.15), ("masked", 0.15), ("llama", 0.25)])
+def test_all_units_together(name, share, material, tmp_path):
     units = ["heads", "neurons", "sublayers", "layers", "hidden", "vocabulary"]
-    tight = {"at_least": {"heads": 3, "neurons": 44}, "coverage": 0.9, "target": {"parameters": 0.3}}
+    tight = {"at_least": {"heads": 3, "neurons": 44}, "coverage": 0.9, "target": {"parameters": share}}
     rows, said = prune(material, name, tmp_path / "small", units=units, **tight)
     pruned = hfcompress.load(tmp_path / "small")
-    assert rows[1]["parameters"] == count_parameters(pruned) <= 0.3 * rows[0]["parameters"]
+    assert rows[1]["parameters"] == count_parameters(pruned) <= share * rows[0]["parameters"]
     assert rows[0]["parameters"] == count_parameters(hfcompress.load(material / name))
     steps = {step["step"]: step for step in read_steps(pruned.config)}
     assert steps["vocabulary"]["left"] == pruned.config.vocab_size < steps["vocabulary"]["before"]
