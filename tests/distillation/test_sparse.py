@@ -27,41 +27,63 @@ def top(teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torc
     return torch.from_numpy(order[..., :k].copy()), torch.from_numpy(np.log(kept[..., :k])), torch.from_numpy(tail)
 
 
-def test_the_value_is_that_of_the_coarser_distributions_and_the_rest_is_what_the_whole_has_more():
-    student, teacher = logits(0, 5, 9), logits(1, 5, 9)
-    q, p = (np.exp(x.numpy()) / np.exp(x.numpy()).sum(-1, keepdims=True) for x in (student, teacher))
-    looked_at = 0
-    for k in (1, 3, 8):
-        indices, log_probs, tail = top(teacher, k)
-        by_hand, within = [], []
-        for row in range(5):
-            kept = set(indices[row].tolist())
-            rest = [i for i in range(9) if i not in kept]
-            p_rest, q_rest = p[row, rest].sum(), q[row, rest].sum()
-            terms = [p[row, i] * math.log(p[row, i] / q[row, i]) for i in kept]
-            by_hand.append(sum(terms) + p_rest * math.log(p_rest / q_rest))
-            inside = [p[row, i] / p_rest * math.log((p[row, i] / p_rest) / (q[row, i] / q_rest)) for i in rest]
-            within.append(p_rest * sum(inside))
-            looked_at += 1
-        found = top_k_kl_divergence(student, indices, log_probs, tail)
-        assert found.item() == pytest.approx(np.mean(by_hand), rel=1e-5)
-        # The chain rule of the divergence.
-        assert kl_divergence(student, teacher).item() == pytest.approx(np.mean(by_hand) + np.mean(within), rel=1e-5)
-    assert looked_at == 15
+def nearest_teacher(q: np.ndarray, p: np.ndarray, k: int) -> np.ndarray:
+    """What was kept of p, and min(c q, p_k) elsewhere, with c found by bisection; shape (classes,)."""
+    order = np.argsort(-p)
+    rest, bound = order[k:], p[order[k - 1]]
+    low, high = 0.0, 1e9
+    for _ in range(300):
+        factor = (low + high) / 2
+        low, high = (factor, high) if np.minimum(factor * q[rest], bound).sum() < p[rest].sum() else (low, factor)
+    found = p.copy()
+    found[rest] = np.minimum(high * q[rest], bound)
+    return found
 
 
-def test_the_gradient_moves_the_rest_as_one():
-    student, teacher = logits(2, 3, 7).requires_grad_(), logits(3, 3, 7)
-    indices, log_probs, tail = top(teacher, 2)
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    return float((p * np.log(p / q)).sum())
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 8])
+def test_it_is_the_least_divergence_that_what_was_kept_allows(k):
+    student, teacher = logits(0, 40, 9, scale=1.5), logits(1, 40, 9)
+    q, p = student.softmax(-1).numpy(), teacher.softmax(-1).numpy()
+    indices, log_probs, tail = top(teacher, k)
+    held = 0
+    for row in range(40):
+        found = top_k_kl_divergence(student[row], indices[row], log_probs[row], tail[row]).item()
+        guess = nearest_teacher(q[row], p[row], k)
+        bound, rest = p[row, indices[row, -1]], [i for i in range(9) if i not in indices[row].tolist()]
+        kept = indices[row].numpy()
+        at_bound = int((guess[rest] > bound * (1 - 1e-9)).sum())
+        held += at_bound > 0
+        coarse = divergence(
+            np.append(p[row, kept], p[row, rest].sum()),
+            np.append(q[row, kept], q[row, rest].sum()),
+        )
+        assert coarse - 1e-6 <= found <= divergence(p[row], q[row]) + 1e-6
+        if at_bound <= k:
+            assert found == pytest.approx(divergence(guess, q[row]), rel=1e-4)
+    assert k == 8 or held > 2
+
+
+def test_the_gradient_pushes_down_what_the_student_thinks_too_likely():
+    student, teacher = logits(2, 30, 7).requires_grad_(), logits(3, 30, 7)
+    indices, log_probs, tail = top(teacher, 4)  # of the three others at most three can be held
     (found,) = torch.autograd.grad(top_k_kl_divergence(student, indices, log_probs, tail, count=1.0), student)
     q, p = (x.detach().softmax(-1).numpy() for x in (student, teacher))
-    expected = np.empty_like(q)
-    for row in range(3):
-        kept = indices[row].tolist()
-        rest = [i for i in range(7) if i not in kept]
-        expected[row, kept] = q[row, kept] - p[row, kept]
-        expected[row, rest] = q[row, rest] * (1 - p[row, rest].sum() / q[row, rest].sum())
+    expected = np.stack([q[row] - nearest_teacher(q[row], p[row], 4) for row in range(30)])
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    whole = q - p
+    assert np.abs(found.numpy() - whole).sum() < np.abs(whole).sum() / 10
+
+
+def test_no_more_than_k_classes_are_held():
+    student = torch.tensor([[0.01, 0.3, 0.29, 0.28, 0.12]]).log()
+    value = top_k_kl_divergence(student, torch.tensor([[0]]), torch.tensor([[0.2]]).log(), torch.tensor([0.8]).log())
+    # One of the three that would be is held at 0.2, the others share 0.6.
+    expected = [(0.2, 0.01), (0.2, 0.3), (0.6, 0.69)]
+    assert value.item() == pytest.approx(sum(p * math.log(p / q) for p, q in expected), rel=1e-5)
 
 
 def test_with_all_classes_it_is_the_divergence():
