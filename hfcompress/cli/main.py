@@ -86,7 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what goes wrong is one line on stderr and a non-zero exit status."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if hasattr(options, "overrides") and not any(part.startswith("-") for part in rest):
+        options.overrides += rest  # argparse takes no KEY=VALUE behind an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _quiet()
     try:
         return int(options.function(options))

@@ -120,6 +120,10 @@ def test_errors_are_one_line(fail, pruned, tmp_path, monkeypatch):
         ("run", recipe, "prune.target.sparcity=0.5"): "did you mean prune.target.sparsity?",
         ("run", recipe, "prune.target.sparsity=2"): "prune.target.sparsity",
         ("run", recipe): "the recipe needs data to be run",
+        ("run", recipe, "--restart", "prune.target.sparcity=0.5"): "did you mean prune.target.sparsity?",
+        ("run", recipe, "output=x", "--restart", "prune.target.sparsity=2"): "prune.target.sparsity",
+        ("run", recipe, "--restrat", "output=x"): "unrecognized arguments: --restrat",
+        ("inspect", empty, "more"): "unrecognized arguments: more",
         ("inspect", empty): "config.json",
         ("inspect", "./nowhere"): "nowhere",
         ("verify", empty): "holds no config.json; give a folder that save_pretrained wrote",
@@ -168,7 +172,7 @@ def test_errors_are_one_line(fail, pruned, tmp_path, monkeypatch):
     }
     for arguments, text in said.items():
         assert text in fail(*arguments), arguments
-    assert len(said) == 38
+    assert len(said) == 42
     assert {path.name for path in tmp_path.iterdir()} == {"pruned", "empty", "recipe.yaml"}, "something was written"
 
 
