@@ -760,7 +760,7 @@ class Pruner:
     def _cut(self, plan: Plan, batches: Sequence[Batch] | None) -> list[Change]:
         before = {site.name: site.units for site in self.sites}
         if not plan.layers and all(len(units) == before[name] for name, units in plan.keep.items()):
-            self._report("kept everything")
+            self._report("nothing more to cut, gone are")
             return []
         dense = copy.deepcopy(self.model) if self._repairs else None
         changes = cut(self.model, plan)

@@ -29,12 +29,21 @@ def pooled(files: Sequence[str]) -> Iterator[str]:
         yield str(path)
 
 
-def open_task(model: str, train: str, evaluation: Sequence[str], *, seed: int = 0) -> tuple[Any, Any]:
+def open_task(
+    model: str, train: str, evaluation: Sequence[str], *, seed: int = 0, max_train: int | None = None
+) -> tuple[Any, Any]:
     """A fine-tuned model in float32, and its task with training and pooled evaluation data; without the latter few training sentences."""
     cls = transformers.AutoModelForSequenceClassification
     loaded = cls.from_pretrained(model, dtype=torch.float32).eval()
     with pooled(evaluation or [train]) as held_out:
-        data = {"train": train, "eval": held_out, "text": "sentence", "label": "label", "max_length": LENGTH}
+        data = {
+            "train": train,
+            "eval": held_out,
+            "text": "sentence",
+            "label": "label",
+            "max_length": LENGTH,
+            "max_train": max_train,
+        }
         recipe = Recipe.from_dict({"data": data | ({} if evaluation else {"max_eval": 64})}, source="the benchmark")
         assert recipe.data is not None
         names = [loaded.config.id2label[number] for number in sorted(loaded.config.id2label)]

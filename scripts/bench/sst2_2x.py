@@ -10,29 +10,25 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import resource
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
-from datasets import load_dataset
+from facts import run_facts
+from sentences import open_task
 
 from hfcompress import CompressionTrainer, Recipe
 from hfcompress.config import MeasureConfig
 from hfcompress.hub import save_probe, verify_folder, write_card
-from hfcompress.measurement import accuracy, device_name, mcnemar, provenance
+from hfcompress.measurement import accuracy, mcnemar
 from hfcompress.runs.arguments import training_arguments
 from hfcompress.runs.evaluation import measure_folders, predict, rate_on
 from hfcompress.runs.table import format_rows
-from hfcompress.tasks import prepare
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "sst2_2x.json"
@@ -42,19 +38,18 @@ RECIPE = {
     "distill": {
         "task": {"weight": 0.5},
         "logits": {"weight": 0.5, "temperature": 2.0},
-        "hidden": {"weight": 0.5, "layers": "all"},
+        "hidden": {"weight": 10.0, "layers": "all"},
     },
     "prune": {
-        "target": {"sparsity": 0.56},
-        "criterion": "first_order",
-        "scope": "site",
-        "schedule": {"name": "polynomial", "power": 3, "start": 0.05, "end": 0.5, "updates": 20},
-        "multiple_of": {"heads": 1, "neurons": 32},
+        "target": {"speedup": 2.1, "scope": "layers", "batch": 32, "length": 64},
+        "units": ["heads", "neurons", "sublayers"],
+        "criterion": {"name": "obs", "samples": 1024},
+        "schedule": {"name": "polynomial", "start": 0.0, "end": 0.1, "updates": 3},
     },
     "train": {
         "num_train_epochs": 1,
         "per_device_train_batch_size": 32,
-        "learning_rate": 1.5e-4,
+        "learning_rate": 3e-4,
         "warmup_steps": 30,
         "logging_steps": 50,
         "save_strategy": "no",
@@ -78,31 +73,8 @@ def main() -> None:
     started = time.perf_counter()
 
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    pooled = output / "eval.parquet"
-    rows = [load_dataset("parquet", data_files=path, split="train") for path in options.eval]
-    datasets.concatenate_datasets(rows).to_parquet(pooled)
-    recipe = Recipe.from_dict(
-        {
-            **RECIPE,
-            "data": {
-                "train": options.train,
-                "eval": str(pooled),
-                "text": "sentence",
-                "label": "label",
-                "max_length": 64,
-                "max_train": SENTENCES,
-            },
-            "seed": options.seed,
-        },
-        source="the benchmark",
-    )
-    assert recipe.data is not None
-    task = prepare(
-        recipe.data, task="text-classification", model_name=options.teacher, seed=options.seed, must_match=True
-    )
-    cls = transformers.AutoModelForSequenceClassification
-    teacher = cls.from_pretrained(options.teacher, dtype=torch.float32)
+    recipe = Recipe.from_dict({**RECIPE, "seed": options.seed}, source="the benchmark")
+    teacher, task = open_task(options.teacher, options.train, options.eval, seed=options.seed, max_train=SENTENCES)
     teacher.save_pretrained(output / "teacher")
     trainer = CompressionTrainer(
         model=copy.deepcopy(teacher),
@@ -188,17 +160,8 @@ def write_results(
     training_s: float,
     wall_s: float,
 ) -> None:
-    facts = provenance(seed=options.seed)
     result = {
-        "command": "python " + shlex.join([Path(sys.argv[0]).name, *(Path(a).name for a in sys.argv[1:])]),
-        **facts,
-        "device": {
-            "cpu": device_name("cpu"),
-            "cores": os.cpu_count(),
-            "threads": options.threads,
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(),
-        },
+        **run_facts(seed=options.seed, threads=options.threads),
         "data": {
             "name": "SST-2, dev and test pooled",
             "train_n": len(task.train_dataset),
