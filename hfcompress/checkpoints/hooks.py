@@ -50,6 +50,12 @@ def install() -> None:
     _silence("torchao", "Failed to load ")
     _silence("torchao.kernel.intmm", "Warning: Detected no triton")
     _silence("torch.utils._pytree", "%s is an Enum subclass")
+    # Our configs repeat their shapes in `per_layer_config` for other tools; the stock classes read the global values,
+    # and the record then sets the right ones, so the warning about that reading would mislead.
+    _silence(
+        "transformers.integrations.heterogeneity.configuration_utils",
+        "Reading global config value for per-layer attribute",
+    )
 
 
 def _silence(logger: str, start: str) -> None:
@@ -64,12 +70,6 @@ def patch_transformers(module: ModuleType) -> None:
         return
     cls.post_init = _build_as_recorded(cls.post_init)
     cls.save_pretrained = _save_with_record(cls.save_pretrained)
-    # Our configs repeat their shapes in `per_layer_config` for other tools; the stock classes read the global values,
-    # and the record then sets the right ones, so the warning about that reading would mislead.
-    _silence(
-        "transformers.integrations.heterogeneity.configuration_utils",
-        "Reading global config value for per-layer attribute",
-    )
 
 
 def register_quantizer(module: ModuleType) -> None:  # noqa: ARG001

@@ -6,16 +6,17 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import nn
 
 import hfcompress.checkpoints.hooks as hooks
-from hfcompress.anatomy import StructureError
+from hfcompress.anatomy import StructureError, find_sites
 from hfcompress.checkpoints.adapters import base_of, read_config
 from hfcompress.checkpoints.damage import damage_named, require_complete, require_room
 from hfcompress.checkpoints.hashes import verified_commit
-from hfcompress.checkpoints.record import read_steps
+from hfcompress.checkpoints.record import read_steps, read_units
 
 
 def load(path_or_repo: str | Path, *, revision: str | None = None, **kwargs: Any) -> nn.Module:
@@ -88,14 +89,34 @@ def model_class(
             raise OSError(" ".join(str(error).split())) from error
         raise OSError(f"{path_or_repo} is no folder, and could not be had from the Hub: {_reason(error)}") from error
     read_steps(config)
+    return _named_class(config, path_or_repo), config
+
+
+def units_left(config: Any) -> dict[str, tuple[int, int]]:
+    """Site name to (units left, units before) of every site, also of those that nothing was cut from; from the config alone.
+
+    Raises:
+        StructureError: The record is not valid, or the config does not name a class of transformers.
+    """
+    hooks.install()
+    with torch.device("meta"):
+        sites = find_sites(_named_class(config, config.name_or_path or "the model")._from_config(config))
+    before = {name: int(pair[1]) for name, pair in read_units(config).items()}
+    for step in read_steps(config):
+        # A model whose plain config says its shapes keeps what it had before in the step that pruned it.
+        before = {name: int(pair[1]) for name, pair in step.get("units", {}).items()} | before
+    return {site.name: (site.units, before.get(site.name, site.units)) for site in sites}
+
+
+def _named_class(config: Any, name: str | Path) -> Any:
     architectures = config.architectures if isinstance(config.architectures, list) else []
     cls = getattr(transformers, str(architectures[0]), None) if len(architectures) == 1 else None
     if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
         raise StructureError(
-            f"{path_or_repo}: config.architectures is {str(config.architectures)[:80]}, which is not one class of transformers "
+            f"{name}: config.architectures is {str(config.architectures)[:80]}, which is not one class of transformers "
             f"{transformers.__version__}; load it with the Auto class of your task"
         )
-    return cls, config
+    return cls
 
 
 def _reason(error: OSError) -> str:

@@ -36,21 +36,13 @@ def what_is_left(
     model: str, revision: str | None = None
 ) -> tuple[Pairs, Pairs, tuple[int, int] | None, tuple[int, int] | None]:
     """Of units by site, of layers by stack, of hidden features, and of tokens (left, before), from the config alone."""
-    import torch
-
-    from hfcompress.anatomy import find_sites
     from hfcompress.checkpoints.damage import damage_named
-    from hfcompress.checkpoints.io import model_class
-    from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units, read_vocabulary
+    from hfcompress.checkpoints.io import model_class, units_left
+    from hfcompress.checkpoints.record import read_hidden, read_layers, read_vocabulary
 
-    cls, config = model_class(model, revision=revision)
-    with damage_named(model), torch.device("meta"):
-        sites = find_sites(cls._from_config(config))
-    before = {name: pair[1] for name, pair in read_units(config).items()}
-    for step in read_steps(config):
-        # A model whose plain config says its shapes keeps what it had before in the step that pruned it.
-        before = {name: int(pair[1]) for name, pair in step.get("units", {}).items()} | before
-    units = {site.name: (site.units, before.get(site.name, site.units)) for site in sites}
+    _, config = model_class(model, revision=revision)
+    with damage_named(model):
+        units = units_left(config)
     return units, read_layers(config), read_hidden(config), read_vocabulary(config)
 
 

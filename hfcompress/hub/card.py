@@ -13,12 +13,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.models.auto import modeling_auto as auto_names
 
 import hfcompress
+from hfcompress.anatomy import StructureError
 from hfcompress.checkpoints.adapters import ADAPTER_FILE, read_config
+from hfcompress.checkpoints.io import units_left
 from hfcompress.checkpoints.portable import MODELING_FILE
 from hfcompress.checkpoints.quantizer import DYNAMIC
 from hfcompress.checkpoints.record import read_hidden, read_layers, read_steps, read_units, read_vocabulary
 from hfcompress.hub.contract import contract_of, describe, judge, verdict
-from hfcompress.hub.picture import draw_layers, save_curves_picture, save_layers_picture, save_tradeoff_picture
+from hfcompress.hub.picture import Units, draw_layers, save_curves_picture, save_layers_picture, save_tradeoff_picture
 from hfcompress.hub.results import (
     RESULTS_FILE,
     base_name,
@@ -113,7 +115,7 @@ def write_card(
         _card_data(config, results, name=name, steps=steps, base_model=base_model, metadata=metadata),
         template_path=str(_TEMPLATE),
         title=name,
-        summary=summarize(config),
+        summary=summarize(config, units),
         rows=[_cells(words_of_row(row)) for row in rows],
         effects=[_cells(effect) for effect in words_of_steps(rows)] if len(rows) > 2 else [],
         clauses=[describe(clause) for clause in clauses],
@@ -121,7 +123,7 @@ def write_card(
         classes=[{**each, "name": _cell(each["name"])} for each in classes[:SHOWN_CLASSES]],
         class_count=len(classes),
         steps=describe_steps(steps),
-        pictures=_draw(folder, config, results),
+        pictures=_draw(folder, units, read_layers(config), results),
         units=draw_layers(units, layers=read_layers(config)) if units else None,
         ways=ways_to_load(folder, config, repo_id or f"path/to/{name}"),
         checks=", ".join(
@@ -158,8 +160,12 @@ def steps_of(config: Any) -> list[dict[str, Any]]:
 
 
 def units_of(config: Any) -> dict[str, tuple[int, int]]:
-    """Site name to (units left, units before); empty if nothing was pruned."""
-    return read_units(config) or _units_of_steps(steps_of(config))
+    """Site name to (units left, units before) of every site; empty if no units were pruned."""
+    recorded = read_units(config) or _units_of_steps(steps_of(config))
+    try:
+        return units_left(config) if recorded else {}
+    except StructureError:  # a class that is none of transformers'
+        return recorded
 
 
 def teacher_of(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -172,9 +178,9 @@ def describe_steps(steps: Sequence[dict[str, Any]]) -> list[str]:
     return [_describe(step) for step in steps] or ["Nothing yet."]
 
 
-def _draw(folder: Path, config: Any, results: dict[str, Any]) -> list[dict[str, str]]:
+def _draw(folder: Path, units: Units, layers: Units, results: dict[str, Any]) -> list[dict[str, str]]:
     """Draw what there is to be drawn; what stands under each picture, and its file."""
-    units, layers, rows = units_of(config), read_layers(config), results.get("rows", [])
+    rows = results.get("rows", [])
     drawn = []
     if len(rows) > 1 and all(row.get("metric") for row in rows):
         points = [
@@ -266,20 +272,20 @@ def _eval_results(results: dict[str, Any], *, task: str) -> list[EvalResult]:
 _WORDS = {"distill": "distilled", "prune": "pruned", "vocabulary": "cut in vocabulary", "quantize": "quantized"}
 
 
-def summarize(config: Any) -> str:
+def summarize(config: Any, units: Units) -> str:
     """What a model is and what is left of it."""
-    steps, units = steps_of(config), units_of(config)
+    steps = steps_of(config)
     done = [_WORDS[step["step"]] for step in steps if step["step"] in _WORDS]
     what = " and ".join(dict.fromkeys(done)) or "saved"
     text = f"A {config.model_type} model, {what} with hfcompress."
     left = []
     for kind in ("heads", "neurons"):
         pairs = [pair for name, pair in units.items() if name.endswith(kind)]
-        if pairs:
+        if any(now < before for now, before in pairs):
             left.append(f"{sum(p[0] for p in pairs):,} of {sum(p[1] for p in pairs):,} {kind}")
-    if left:
-        text += f" In the layers that were pruned, {' and '.join(left)} are left."
     stacks = read_layers(config)
+    if left:
+        text += f" {' and '.join(left)} are left{' in the layers that stayed' * bool(stacks)}."
     if stacks:
         several = len(stacks) > 1
         counts = [f"{now} of {before} layers" + f" in {name}" * several for name, (now, before) in stacks.items()]

@@ -163,7 +163,7 @@ def _about_model(folder: Path, row: Mapping[str, Any] | None) -> dict[str, Any]:
     units = units_of(config)
     name = home.name if place.resolve() == home else f"{home.name}/{place.name}"
     return {
-        "summary": summarize(config),
+        "summary": summarize(config, units),
         "steps": describe_steps(steps_of(config)),
         "bars": draw_bars(units, layers=read_layers(config)) if units else None,
         "ways": ways_to_load(place, config, f"path/to/{name}"),

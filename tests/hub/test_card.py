@@ -223,7 +223,9 @@ def test_layers_and_features_that_are_left(tmp_path):
     add_step(model.config, "prune", **PRUNED)
     model.save_pretrained(tmp_path)
     text = ModelCard.load(write_card(tmp_path)).text
-    assert "1 of 4 heads are left. 2 of 3 layers are left. The hidden states have 24 of 32 features left." in text
+    assert "5 of 8 heads are left in the layers that stayed. 2 of 3 layers are left. The hidden states have" in text
+    assert "have 24 of 32 features left." in text
+    assert re.search(r"encoder\.0 +#{24} +4/4 +#{24} +48/48\n", text)  # nothing was cut there
     assert "encoder.gone 1" in text and "1.52x measured for 1.50x, and cut." in text
     both = make_model("bart", "AutoModelForSeq2SeqLM")
     drop_layers(both, {"encoder": (0, 2), "decoder": (1,)})
