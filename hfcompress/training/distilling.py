@@ -7,6 +7,7 @@ import logging
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,6 +36,7 @@ from hfcompress.distillation.teachers import OWN_ANSWERS, name_of, with_decoder_
 from hfcompress.measurement import memory_bytes
 from hfcompress.measurement.memory import memory_named
 from hfcompress.training.comparing import Comparison, Seen, Shape, shape_of
+from hfcompress.training.dropout import dropout_off
 from hfcompress.training.exact import ExactTrainerMixin
 from hfcompress.training.items import ItemCounts
 from hfcompress.training.on_policy import OnPolicy
@@ -63,7 +65,8 @@ class DistillationMixin(ExactTrainerMixin):
     * `get_train_dataloader`: lets the workers read a cached teacher's targets.
     * `_set_signature_columns_if_needed`: keeps the columns that are for the teacher alone.
     * `create_optimizer`: adds the projections between hidden states of different widths, if there are any.
-    * `training_step`: averages their gradients over processes, as the wrapper does for the model's.
+    * `training_step`: switches the student's dropout off; averages the projections' gradients over processes, as the wrapper does for
+      the model's.
     * `_save_optimizer_and_scheduler`: keeps in checkpoints what a run needs to go on and is no part of the model.
 
     The teacher is no part of the Trainer's model: it is in eval mode, has no gradients, is never prepared, optimized or saved. Each
@@ -260,6 +263,11 @@ class DistillationMixin(ExactTrainerMixin):
         return super().get_batch_samples(own, num_batches, device)
 
     # ---- loss ----
+
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One batch forward and backward, without dropout unless the recipe asks for it."""
+        with nullcontext() if self.distill is None or self.distill.dropout else dropout_off(self._student()):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def _loss_terms(
         self, model: nn.Module, inputs: Mapping[str, Any], counts: ItemCounts

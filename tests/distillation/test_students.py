@@ -76,7 +76,7 @@ def test_a_student_with_all_layers_is_the_teacher(name):
     state, config = state_of(teacher), teacher.config.to_dict()
     layers = {stack: range(count) for stack, count in stack_lengths(teacher).items()}
     student, copied = derive_student(teacher, layers=layers)
-    assert largest_difference(run_model(student, inputs), run_model(teacher, inputs)) == 0
+    assert largest_difference(run_model(student, inputs), run_model(teacher, inputs)) < 1e-5
     assert (copied.parameters, copied.fresh) == (count_parameters(teacher), ())
     ours = {tensor.data_ptr() for tensor in (*student.parameters(), *student.buffers()) if tensor.numel()}
     assert not ours & {tensor.data_ptr() for tensor in (*teacher.parameters(), *teacher.buffers())}
@@ -220,7 +220,7 @@ def test_the_largest_stay():
     expected = copy.deepcopy(teacher)
     cut(expected, Plan(keep))
     student = make_student(teacher, heads=2, neurons=3)
-    assert largest_difference(run_model(student, inputs), run_model(expected, inputs)) == 0
+    assert largest_difference(run_model(student, inputs), run_model(expected, inputs)) < 1e-5
     assert student.config.hfcompress == expected.config.hfcompress
     narrow = make_student(teacher, hidden=3)
     table = teacher.bert.embeddings.word_embeddings.weight[:, [1, 5, 17]]
@@ -233,7 +233,7 @@ def test_layers_and_width_at_once_from_a_pruned_teacher():
     keep = {"encoder.1.neurons": tuple(range(40)), "encoder.2.heads": (0, 3)}
     cut(teacher, Plan(keep))
     same = make_student(teacher)
-    assert largest_difference(run_model(same, inputs), run_model(teacher, inputs)) == 0
+    assert largest_difference(run_model(same, inputs), run_model(teacher, inputs)) < 1e-5
     assert same.config.hfcompress == teacher.config.hfcompress
     student = make_student(teacher, layers=[1, 2], neurons=30)
     assert student.config.hfcompress["layers"] == {"encoder": [2, 3]}
@@ -277,7 +277,7 @@ def test_the_same_config_copies_everything(name):
     teacher, inputs = teacher_of(name)
     student, copied = derive_student(teacher, config=teacher.config)
     assert (copied.fresh, copied.parameters) == ((), count_parameters(teacher))
-    assert largest_difference(run_model(student, inputs), run_model(teacher, inputs)) == 0
+    assert largest_difference(run_model(student, inputs), run_model(teacher, inputs)) < 1e-5
     random, copied = derive_student(teacher, initialize="random")
     assert copied.parameters == 0 and copied.fresh_parameters == count_parameters(random) == count_parameters(teacher)
     assert largest_difference(run_model(random, inputs), run_model(teacher, inputs)) > 1e-4

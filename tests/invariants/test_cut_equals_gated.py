@@ -123,7 +123,7 @@ def test_cutting_twice_equals_cutting_once(name):
     cut(once, Plan(keep))
     cut(model, Plan(step))
     cut(model, Plan({site: tuple(step[site].index(unit) for unit in units) for site, units in keep.items()}))
-    assert largest_difference(run_model(once, inputs), run_model(model, inputs)) == 0
+    assert largest_difference(run_model(once, inputs), run_model(model, inputs)) < 1e-5
     assert once.config.hfcompress == model.config.hfcompress
 
 

@@ -155,7 +155,7 @@ def test_cutting_twice_equals_cutting_once(name):
     cut(once, Plan({}, {stack: (2,)}, final))
     cut(model, Plan({}, {stack: (0, 2)}, step))
     cut(model, Plan({}, {stack: (1,)}, tuple(step.index(feature) for feature in final)))
-    assert largest_difference(run_model(once, inputs), run_model(model, inputs)) == 0
+    assert largest_difference(run_model(once, inputs), run_model(model, inputs)) < 1e-5
     assert once.config.hfcompress == model.config.hfcompress
     assert once.config.to_dict() == model.config.to_dict()
     # Units of the layer that is 0 by now are counted where they were.

@@ -145,7 +145,7 @@ def recipe(
     parts: tuple[str, ...] = ("distill", "prune"),
 ) -> Recipe:
     sections = {
-        "distill": {"hidden": {"weight": hidden}, **(distill or {})},
+        "distill": {"hidden": {"weight": hidden}, "dropout": True, **(distill or {})},  # where a model has any
         "prune": {
             "target": {"sparsity": sparsity},
             "criterion": criterion,
