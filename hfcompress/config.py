@@ -327,7 +327,7 @@ class DistillConfig(Section):
         embeddings: One vector per example.
         on_policy: For language models and sequence-to-sequence: the student's own answers. None is the data's.
         dropout: Whether the student's dropout stays on. What the teacher says is richer than labels, and a smaller student has nothing to
-            spare: half of MiniLM learned SST-2 a point better without.
+            spare: half of MiniLM learned SST-2 0.6 points better without, in the mean of three seeds.
         self_test: Before the first step, check on a few examples that the gradient of a batch is that of its halves together.
 
     Example:
