@@ -63,6 +63,9 @@ def check_outputs(model: nn.Module, exported: nn.Module, inputs: Sequence[Mappin
 
     Returns:
         How near they are.
+
+    Raises:
+        ExportError: Other shapes.
     """
     difference, rows, shapes = 0.0, 0, []
     firsts: list[tuple[np.ndarray, np.ndarray]] = []
@@ -71,6 +74,10 @@ def check_outputs(model: nn.Module, exported: nn.Module, inputs: Sequence[Mappin
             wanted, found = model(**batch), exported(**batch)
         for name in found:
             one, other = wanted[name].float().numpy(), found[name].float().numpy()
+            if one.shape != other.shape:
+                raise ExportError(
+                    f"the export gives {name} of shape {other.shape}, torch of shape {one.shape}; nothing was written"
+                )
             difference = max(difference, float(np.abs(one - other).max() / max(float(np.abs(one).max()), 1e-12)))
         name = next(iter(found))
         firsts.append((wanted[name].float().numpy(), found[name].float().numpy()))

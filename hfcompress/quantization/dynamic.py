@@ -6,6 +6,7 @@ that is faster. What is saved are safetensors, which transformers and torchao lo
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Sequence
 
@@ -77,6 +78,17 @@ def dynamic_config(preset: str, *, skip: Sequence[str]) -> TorchAoConfig:
             granularity=PerRow(), activation_value_lb=1e-12, set_inductor_config=False
         )
     return TorchAoConfig(settings, modules_to_not_convert=list(skip))
+
+
+@functools.cache
+def adds_int8_exactly() -> bool:
+    """Whether this CPU adds products of 8-bit numbers as they are.
+
+    CPUs without VNNI (Intel's before Cascade Lake, AMD's before Zen 4) add them in pairs of 16 bits, in which the largest do not fit (oneDNN's
+    documentation, "Nuances of int8 computations"). Files are not affected, nor are GPUs.
+    """
+    largest = torch.full((32, 32), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest) == 32 * 127 * 127).all())
 
 
 def left_alone(model: nn.Module, preset: str) -> list[str]:

@@ -17,7 +17,7 @@ from hfcompress.checkpoints.damage import damage_named
 from hfcompress.checkpoints.io import load, model_class
 from hfcompress.checkpoints.quantizer import DYNAMIC
 from hfcompress.checkpoints.record import add_step
-from hfcompress.quantization.dynamic import is_dynamic, left_alone, require_dynamic
+from hfcompress.quantization.dynamic import adds_int8_exactly, is_dynamic, left_alone, require_dynamic
 from hfcompress.quantization.presets import make_config, modules_to_skip
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,11 @@ def quantize(
         elif kinds:
             reason = f"transformers does not quantize {', '.join(sorted(kinds))}"
         raise ValueError(f"nothing in {path_or_repo} was quantized: of its linear layers, {reason}")
+    if preset == "int8-dynamic" and model.device.type == "cpu" and not adds_int8_exactly():
+        logger.warning(
+            "this CPU (without VNNI) adds 8-bit products inexactly: what %s gives on it is wrong; on others it is right",
+            preset,
+        )
     facts: dict[str, Any] = {"storage": storage} if storage else {}
     facts |= {"threshold": threshold} if threshold is not None else {}
     facts |= {"compute_dtype": compute_dtype} if compute_dtype != "auto" else {}

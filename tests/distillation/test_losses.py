@@ -268,7 +268,7 @@ def test_the_graph_can_be_gone_through_twice() -> None:
 
 def test_one_item_without_leading_dimensions_and_none_at_all() -> None:
     student, teacher = torch.zeros(2), torch.tensor([0.0, math.log(3)])
-    assert kl_divergence(student, teacher).item() == pytest.approx(0.75 * math.log(3) - math.log(2), rel=1e-6)
+    assert kl_divergence(student, teacher).item() == pytest.approx(0.75 * math.log(3) - math.log(2), rel=1e-5)
     for shape in ((0, 5), (0, 4, 5), (2, 0, 5)):
         nothing = torch.zeros(shape, requires_grad=True)
         loss = kl_divergence(nothing, torch.zeros(shape))

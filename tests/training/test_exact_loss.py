@@ -198,8 +198,8 @@ def test_label_smoothing(tmp_path: Path, case: str) -> None:
     # torch's own smoothing of cross entropy is the other road.
     F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.2).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert difference(whole, expected) < 1e-6
-    assert difference(parts, expected) < 1e-6
+    assert difference(whole, expected) < 1e-5
+    assert difference(parts, expected) < 1e-5
 
 
 # ---- what compute_loss promises ----

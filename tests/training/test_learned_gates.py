@@ -208,7 +208,7 @@ def test_a_run_that_stops_early_keeps_what_the_gates_computed(tmp_path: Path, ca
     model = trainer.model
     assert "stopped before the schedule's end" in caplog.text
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(**batch).logits, stops.logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.eval()(**batch).logits, stops.logits, rtol=1e-4, atol=1e-5)
     assert [site.units for site in find_sites(model)] == [4, 48] * 3
 
 
