@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -222,6 +223,7 @@ class Pruner:
         self._importance: dict[str, dict[str, torch.Tensor]] = {}
         self._collected = 0.0
         self._last_step = -1
+        self._floor: tuple[int, float] | None = None  # a goal, and what no update on the way to it goes below
         self._fixed = False  # whether the plan of learned gates was carried out
         self._dense = dense_parameters(model)
         self._timed = {layer: layer for layer in self.budget.costs.fixed}  # present names to those of the stopwatch
@@ -459,7 +461,10 @@ class Pruner:
         self._forget_half()
         last = update.share >= 1
         budget = self.budget.at(update.goal, update.share)
-        plan = self._verified(curves, update.goal, losses) if last else self._allocate(curves, budget, losses)
+        if last:
+            plan = self._verified(curves, update.goal, losses)
+        else:
+            plan = self._allocate(curves, max(budget, self._least(curves, update.goal, losses)), losses)
         if self.config.cut == "end":
             return self._close(plan, last=last)
         return narrowed + self._cut(plan, batches)
@@ -714,10 +719,7 @@ class Pruner:
             if found is None:
                 return plan
             latency_ms, ratio = found
-            if self.config.target.quantity == "latency_ms":
-                reached = wanted / latency_ms
-            else:  # the ratio of interleaved rounds says more than milliseconds of different minutes
-                reached = ratio * wanted / self.budget.dense
+            reached = self._reached(goal, latency_ms, ratio)
             miss = abs(reached - 1)
             if best is None or miss < best[0]:
                 best = (miss, plan, latency_ms, ratio, reached)
@@ -742,6 +744,29 @@ class Pruner:
             else "; counts come in steps that are too coarse, or the machine is busy with something else",
         )
         return plan
+
+    def _least(self, curves: dict[str, Curve], goal: int, losses: dict[str, float] | None) -> float:
+        """What no update on the way to a goal goes below; where time is the target, by the goal's plan as measured.
+
+        What is cut is gone: with a table that thinks too little of a plan, more would go than the goal asks for.
+        """
+        wanted = self.budget.goals[goal]
+        if self._floor is None or self._floor[0] != goal:
+            found = None
+            with suppress(BudgetError):
+                found = self._once(functools.partial(self._time, self._allocate(curves, wanted, losses)))
+            reached = 1.0 if found is None else self._reached(goal, *found)
+            if reached > 1 + _TOLERANCE:
+                logger.info("the table has the plan %.0f %% too slow; less goes on the way", 100 * (reached - 1))
+            self._floor = (goal, wanted * max(1.0, reached))
+        return self._floor[1]
+
+    def _reached(self, goal: int, latency_ms: float, ratio: float) -> float:
+        """How fast a plan is as a multiple of what a goal asks for."""
+        wanted = self.budget.goals[goal]
+        if self.config.target.quantity == "latency_ms":
+            return wanted / latency_ms
+        return ratio * wanted / self.budget.dense  # interleaved rounds say more than milliseconds of different minutes
 
     def _time(self, plan: Plan) -> tuple[float, float] | None:
         if self._stopwatch is None:
@@ -901,6 +926,7 @@ class Pruner:
             "dense": self._dense,
             "budget": self.budget.to_dict(),
             "reached": self.reached,
+            "floor": self._floor,
             "total_steps": self.total_steps,
             "multiple_of": self.config.multiple_of.model_dump(),
             "closing": self.gates is not None and not self.done,
@@ -936,6 +962,8 @@ class Pruner:
         self._permitted = self._uniform_counts() if self.config.uniform else None
         self.budget = Budget.from_dict(facts["budget"])
         self.reached = list(facts["reached"])
+        floor = facts.get("floor")
+        self._floor = None if floor is None else (int(floor[0]), float(floor[1]))
         self._last_step = int(facts["last_step"])
         self._collected = float(facts["collected"])
         for site in self.sites:

@@ -205,6 +205,26 @@ def test_the_plan_is_corrected_until_the_clock_agrees(clock, factor, caplog):
     assert clock["options"] == {"threads": 1, "scope": "model", "shape": (2, 8)}
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.15])
+def test_a_wrong_table_does_not_take_too_much_on_the_way(clock, factor):
+    clock["factor"] = factor
+    model = make()
+    schedule = {"name": "linear", "start": 0.0, "end": 1.0, "updates": 5}
+    pruner = Pruner(
+        model, configure(target={"speedup": 2.5}, schedule=schedule), total_steps=10, batches=batches, measure=MEASURE
+    )
+    for step in range(11):
+        pruner.step(step)
+        if step == 4:  # as if stopped here and gone on elsewhere
+            facts, tensors = pruner.state()
+            fresh = Pruner(model, pruner.config, total_steps=10, batches=batches, measure=MEASURE, budget=pruner.budget)
+            fresh.load_state(json.loads(json.dumps(facts)), tensors)
+            assert fresh._floor == pruner._floor is not None
+            pruner = fresh
+    (found,) = pruner.reached
+    assert pruner.done and found["speedup"] == pytest.approx(2.5, rel=0.05)
+
+
 def test_time_is_measured_where_the_model_is():
     with pytest.raises(
         ValueError, match=r"target\.device is cuda, but the model is on cpu.* leave target\.device at auto"
