@@ -11,6 +11,7 @@ teacher's bare forward pass), in one process, in turns. `memory`: the same by pe
 `student`: one run of a student with half the teacher's layers, one epoch. Methods:
 
     labels         the labels alone, plain Trainer
+    labels-still   the same without dropout, as distilled students learn
     logits         labels and the teacher's softened predictions
     ours           labels, predictions and hidden states
     ours-nf4       the same with the teacher in 4 bits
@@ -82,6 +83,7 @@ LOGITS = {"task": {"weight": 0.5}, "logits": {"weight": 0.5, "temperature": 2.0}
 OURS = {**LOGITS, "hidden": {"weight": 10.0}}
 METHODS: dict[str, dict[str, Any]] = {
     "labels": {"distill": None, "learning_rate": 2e-4},
+    "labels-still": {"distill": None, "learning_rate": 2e-4, "dropout": 0.0},
     "logits": {"distill": LOGITS, "learning_rate": 2e-4},
     "ours": {"distill": OURS, "learning_rate": 5e-4},
     "ours-nf4": {"distill": OURS, "learning_rate": 5e-4, "teacher": "nf4"},
@@ -322,6 +324,10 @@ def student(options: argparse.Namespace) -> None:
         "data_collator": task.data_collator,
         "processing_class": task.processing_class,
     }
+    if "dropout" in method:
+        for module in common["model"].modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = method["dropout"]
     memory_of: dict[str, int] = {}
     if method["distill"] is None:
         trainer: Any = PlainTrainer(**common)
