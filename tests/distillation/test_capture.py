@@ -53,7 +53,7 @@ def test_attention_as_eager_attention_returns_it(name: str) -> None:
     maps = [one for key in names for one in (asked.get(key) or ())]
     assert len(maps) == len(numbers) >= 2
     for number, expected in enumerate(maps):
-        torch.testing.assert_close(softmax_by_hand(seen.attention[number]), expected, atol=3e-5, rtol=0)
+        torch.testing.assert_close(softmax_by_hand(seen.attention[number]), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)

@@ -45,7 +45,7 @@ def test_the_map_is_that_of_torch(name: str, key_heads: int, scaling: float | No
     ours = attention_map(queries, keys, scaling=scaling, mask=mask)
     theirs = through_values(queries, keys, scale=scaling, attn_mask=mask, enable_gqa=True)
     assert ours.shape == (2, 4, 6, 6) and ours.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     sums = ours.sum(-1)
     assert bool(((sums - 1).abs() < 1e-5).logical_or(sums == 0).all()) and bool((sums == 0).any()) == ("where" in name)
 
@@ -54,12 +54,12 @@ def test_the_map_is_that_of_torch(name: str, key_heads: int, scaling: float | No
 def test_causal_as_in_torch(lengths: tuple[int, int]) -> None:
     queries, keys = tensor(2, 4, lengths[0], 8), tensor(2, 2, lengths[1], 8, seed=1)
     theirs = through_values(queries, keys, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(attention_map(queries, keys, is_causal=True), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention_map(queries, keys, is_causal=True), theirs, rtol=1e-5, atol=1e-6)
     padding = torch.ones(2, 1, 1, lengths[1], dtype=torch.bool)
     padding[0, ..., 0] = False  # to the left: the first query may look nowhere
     both = attention_map(queries, keys, mask=padding, is_causal=True)
     expected = through_values(queries, keys, attn_mask=padding & torch.ones(lengths).tril().bool(), enable_gqa=True)
-    torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -71,7 +71,7 @@ def test_the_map_is_that_of_eager_attention(key_heads: int, softcap: float | Non
     module = SimpleNamespace(num_key_value_groups=4 // key_heads, training=False, head_dim=8)
     _, theirs = eager_attention_forward(module, queries, keys, keys, mask, scaling=0.2, softcap=softcap)
     ours = attention_map(queries, keys, scaling=0.2, mask=mask, softcap=softcap)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def small(config: type, **more):
@@ -118,7 +118,7 @@ def test_the_map_is_the_one_that_models_report(family: str, monkeypatch: pytest.
     for (query, key, mask, options), theirs in zip(calls, reported, strict=True):
         ours = attention_map(query, key, scaling=options["scaling"], mask=mask, softcap=options.get("softcap"))
         rows = attention.bool()[:, None, :, None].expand_as(theirs)
-        torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-5, atol=1e-6)
         assert (theirs[rows] - theirs[rows].mean()).abs().max().item() > 0.1
 
 
@@ -164,7 +164,7 @@ def test_more_padding_changes_nothing(loss, side: str) -> None:
     more = F.pad(mask, widths[-2:], value=False)
     assert more.shape == (2, 8)
     expected = loss(*pair, mask=mask, **options).item()
-    assert loss(*padded, mask=more, **options).item() == pytest.approx(expected, rel=1e-5)
+    assert loss(*padded, mask=more, **options).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("loss", [attention_mse, attention_kl])
@@ -174,7 +174,7 @@ def test_other_numbers_of_heads_are_compared_by_their_mean_only(loss) -> None:
         loss(student, teacher)
     assert "\n" not in str(caught.value)
     means = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
-    assert loss(student, teacher, average_heads=True).item() == pytest.approx(loss(*means).item(), rel=1e-5)
+    assert loss(student, teacher, average_heads=True).item() == pytest.approx(loss(*means).item(), rel=1e-6)
     with pytest.raises(ValueError, match="tokens must be the same"):
         loss(student, tensor(2, 2, 6, 6).softmax(-1), average_heads=True)
 
@@ -212,7 +212,7 @@ def test_relation_against_loops() -> None:
     x = tensor(2, 5, 12)
     for heads in (1, 3, 4, 12):
         expected = np.stack([slow_relation(each.double().numpy(), heads) for each in x])
-        np.testing.assert_allclose(relation(x, heads).numpy(), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(relation(x, heads).numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_heads_are_joined_as_the_model_joins_them() -> None:

@@ -61,7 +61,7 @@ def test_it_is_the_least_divergence_that_what_was_kept_allows(k):
             np.append(p[row, kept], p[row, rest].sum()),
             np.append(q[row, kept], q[row, rest].sum()),
         )
-        assert coarse - 1e-5 <= found <= divergence(p[row], q[row]) + 1e-5
+        assert coarse - 5e-6 <= found <= divergence(p[row], q[row]) + 5e-6
         if at_bound <= k:
             assert found == pytest.approx(divergence(guess, q[row]), rel=1e-4)
     assert k == 8 or held > 2
@@ -73,7 +73,7 @@ def test_the_gradient_pushes_down_what_the_student_thinks_too_likely():
     (found,) = torch.autograd.grad(top_k_kl_divergence(student, indices, log_probs, tail, count=1.0), student)
     q, p = (x.detach().softmax(-1).numpy() for x in (student, teacher))
     expected = np.stack([q[row] - nearest_teacher(q[row], p[row], 4) for row in range(30)])
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
     whole = q - p
     assert np.abs(found.numpy() - whole).sum() < np.abs(whole).sum() / 10
 
@@ -92,7 +92,7 @@ def test_with_all_classes_it_is_the_divergence():
     assert (tail == -torch.inf).all()
     mine, whole = top_k_kl_divergence(student, indices, log_probs, tail), kl_divergence(student, teacher)
     assert mine.item() == pytest.approx(whole.item(), rel=1e-5)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (mine, whole)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (mine, whole)), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("certain", [0.0, 40.0, 1000.0])
@@ -102,7 +102,7 @@ def test_neither_a_certain_teacher_nor_a_certain_student_gives_nan(certain):
     loss = top_k_kl_divergence(student, indices, log_probs, torch.tensor([-torch.inf]))
     loss.backward()
     expected = 0.0 if certain else math.log(4)
-    assert loss.item() == pytest.approx(expected, abs=1e-5) and bool(student.grad.isfinite().all())
+    assert loss.item() == pytest.approx(expected, abs=1e-6) and bool(student.grad.isfinite().all())
 
 
 def test_rounding_to_16_bits_keeps_it_a_divergence():
@@ -124,8 +124,8 @@ def test_masked_items_do_not_count_and_parts_sum_to_the_whole(kind):
         loss(student[half], *(part[half] for part in parts), mask=mask[half], count=mask.sum())
         for half in (slice(0, 2), slice(2, 4))
     ]
-    assert whole.item() == pytest.approx(chosen.item(), rel=1e-5)
-    assert whole.item() == pytest.approx(sum(half.item() for half in halves), rel=1e-5)
+    assert whole.item() == pytest.approx(chosen.item(), rel=1e-6)
+    assert whole.item() == pytest.approx(sum(half.item() for half in halves), rel=1e-6)
     nothing = loss(student, *parts, mask=torch.zeros_like(mask))
     assert nothing.item() == 0
 
@@ -143,7 +143,7 @@ def test_the_expected_gradient_of_samples_is_that_of_the_divergence():
         drawn += 1
     whole = kl_divergence(student, teacher)
     assert drawn == 81
-    torch.testing.assert_close(expected, torch.autograd.grad(whole, student)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(expected, torch.autograd.grad(whole, student)[0], atol=1e-6, rtol=1e-5)
     entropy = -sum(each * math.log(each) for each in p)
     assert mean == pytest.approx(whole.item() + entropy, rel=1e-5)
 
@@ -152,4 +152,4 @@ def test_samples_are_a_cross_entropy_to_frequencies():
     student, draws = logits(11, 2, 5), torch.tensor([[0, 0, 4, 1], [3, 3, 3, 3]], dtype=torch.int32)
     frequencies = torch.stack([torch.bincount(row, minlength=5) / 4 for row in draws])
     expected = torch.nn.functional.cross_entropy(student, frequencies.double())
-    assert sampled_kl_divergence(student, draws).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert sampled_kl_divergence(student, draws).item() == pytest.approx(expected.item(), rel=1e-6)

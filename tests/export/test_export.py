@@ -242,6 +242,8 @@ def test_what_a_check_says():
     check = check_outputs(one, other, [{"input_ids": torch.zeros(2, 5, dtype=torch.long)}])
     assert check.difference == 0.25 and check.agreement == 0.5 and check.rows == 2 and check.shapes == ((2, 5),)
     assert check.cosine == pytest.approx(28 / 29)
+    with pytest.raises(ExportError, match=r"logits of shape \(1, 2\), torch of shape \(2, 2\); nothing was written"):
+        check_outputs(one, _Fixed([[4.0, 3.0]]), [{"input_ids": torch.zeros(2, 5, dtype=torch.long)}])
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_divergence_is_that_of_a_model_with_one_rounded_layer(name):
             each = kl_div(after, before, reduction="none", log_target=True).sum(-1)
             total += float((each * inputs["attention_mask"] if each.dim() == 2 else each).sum())
             examples += len(each)
-        assert costs[layer][form].loss == pytest.approx(total / examples, rel=1e-2, abs=1e-7) and total > 1e-6
+        assert costs[layer][form].loss == pytest.approx(total / examples, rel=2e-3, abs=1e-7) and total > 1e-6
         assert costs[layer]["float16"] == BitCost(0.0, 2 * model.get_submodule(layer).weight.numel())
         looked_at += 1
     assert looked_at == 6

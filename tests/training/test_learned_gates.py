@@ -69,7 +69,7 @@ def test_gates_do_not_depend_on_how_a_step_is_split(tmp_path: Path, family: str,
                     compared += 1
         torch.testing.assert_close(vector(trainer.model), vector(runs[0][0].model), rtol=1e-4, atol=1e-5)
         logs = [[e["loss_gates"] for e in t.state.log_history if "loss_gates" in e] for t in (trainer, runs[0][0])]
-        assert len(logs[0]) == 4 and logs[0] == pytest.approx(logs[1], rel=1e-3, abs=1e-5)
+        assert len(logs[0]) == 4 and logs[0] == pytest.approx(logs[1], rel=1e-3, abs=1e-6)
     assert compared == 2 * 3 * (6 + 6 + 1)
 
 
@@ -145,7 +145,7 @@ def test_activation_checkpointing_draws_the_same_gates_again(tmp_path: Path, ree
     _, plain = compress(tmp_path, **options)
     _, saving = compress(tmp_path, **checkpointing(use_reentrant=reentrant), **options)
     assert plain.config.hfcompress["units"] == saving.config.hfcompress["units"]
-    torch.testing.assert_close(vector(saving), vector(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vector(saving), vector(plain), rtol=1e-4, atol=1e-6)
 
 
 def test_warm_up_is_plain_training(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_run_that_stops_early_keeps_what_the_gates_computed(tmp_path: Path, ca
     model = trainer.model
     assert "stopped before the schedule's end" in caplog.text
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(**batch).logits, stops.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.eval()(**batch).logits, stops.logits, rtol=1e-5, atol=3e-6)
     assert [site.units for site in find_sites(model)] == [4, 48] * 3
 
 

@@ -174,7 +174,7 @@ def test_two_parts_are_the_whole(tmp_path: Path, section: dict[str, Any]) -> Non
         models.append(vector(trainer.model))
     assert steps[0].norm() > 1e-3
     assert ((steps[1] - steps[0]).norm() / steps[0].norm()).item() < 1e-5
-    assert ((models[1] - models[0]).norm() / models[0].norm()).item() < 5e-3
+    assert ((models[1] - models[0]).norm() / models[0].norm()).item() < 2e-3
 
 
 def test_a_map_that_is_found_anew(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_an_average_of_the_student_itself(tmp_path: Path) -> None:
         decay = min(0.9, (1 + number) / (10 + number))
         expected = decay * expected + (1 - decay) * weights
     assert len(steps) == 6 and not torch.equal(steps[0], steps[-1])
-    torch.testing.assert_close(vector(trainer.teacher.model), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vector(trainer.teacher.model), expected, atol=1e-6, rtol=0)
 
 
 def test_an_average_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -352,15 +352,15 @@ def test_several_teachers(tmp_path: Path) -> None:
 
     weights = torch.tensor([1.0, 2.0, 1.0]).double() / 4
     mixed = said(weights=[1, 2, 1]).softmax(-1)
-    torch.testing.assert_close(mixed, torch.einsum("t,tbc->bc", weights, probabilities), atol=1e-5, rtol=0)
-    torch.testing.assert_close(said(combine="logits"), logits.mean(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed, torch.einsum("t,tbc->bc", weights, probabilities), atol=1e-6, rtol=0)
+    torch.testing.assert_close(said(combine="logits"), logits.mean(0), atol=1e-6, rtol=0)
     confident, correct = said(combine="confident"), said(combine="correct")
     chosen = []
     for row in range(8):
         surest = max(range(3), key=lambda t: probabilities[t, row].max())
         rightest = max(range(3), key=lambda t: probabilities[t, row, batch["labels"][row]])
-        torch.testing.assert_close(confident[row], logits[surest, row], atol=1e-5, rtol=0)
-        torch.testing.assert_close(correct[row], logits[rightest, row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(confident[row], logits[surest, row], atol=1e-6, rtol=0)
+        torch.testing.assert_close(correct[row], logits[rightest, row], atol=1e-6, rtol=0)
         chosen.append((surest, rightest))
     assert len({a for a, _ in chosen}) > 1 and any(a != b for a, b in chosen)
     trainer = distil(tmp_path, teacher=models, hidden=0.0)
