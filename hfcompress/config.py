@@ -58,8 +58,16 @@ def _check_format(name: str) -> str:
     )
 
 
-def _check_variant(name: str) -> str:
-    """Refuse what is neither a format nor a preset of torchao."""
+def check_variant(name: str) -> str:
+    """The name of a format or of a preset of torchao, as it came.
+
+    Raises:
+        ValueError: It is neither; the nearest that there is is named.
+
+    Example:
+        >>> check_variant("int8-dynamic")
+        'int8-dynamic'
+    """
     near = difflib.get_close_matches(name, [*_BITSANDBYTES, *_TORCHAO], n=1)
     if name not in _TORCHAO and near and near[0] in _TORCHAO:
         raise ValueError(
@@ -69,7 +77,7 @@ def _check_variant(name: str) -> str:
 
 
 WeightFormat = Annotated[str, AfterValidator(_check_format)]
-Variant = Annotated[str, AfterValidator(_check_variant)]
+Variant = Annotated[str, AfterValidator(check_variant)]
 Task = Literal[
     "text-classification",
     "image-classification",

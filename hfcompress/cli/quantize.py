@@ -111,12 +111,13 @@ examples:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from hfcompress.checkpoints.staging import staged_folder
+    from hfcompress.config import check_variant
     from hfcompress.measurement import disk_bytes
     from hfcompress.measurement.provenance import command_line
     from hfcompress.quantization import DYNAMIC, PRESETS
     from hfcompress.runs.beside import examples_beside, measure_beside
 
-    name = options.preset or Path(options.layers).stem
+    name = Path(options.layers).stem if options.preset is None else check_variant(options.preset)
     base = options.model.rstrip("/") if Path(options.model).is_dir() else Path(options.model).name
     target = Path(options.output or f"{base}-{name}")
     require_empty(target)

@@ -130,7 +130,7 @@ def test_errors_are_one_line(fail, pruned, tmp_path, monkeypatch):
         ("verify", "nowhere"): "holds no config.json",
         ("push", "nowhere", "me/x"): "holds no config.json",
         ("quantize", empty, "--preset", "nf4"): "config.json",
-        ("quantize", pruned, "--preset", "nf5"): "no quantization scheme 'nf5'; there are int2 to int8",
+        ("quantize", pruned, "--preset", "nf5"): "'nf5' is not allowed; did you mean nf4? Allowed: 'int8'",
         ("quantize", pruned): "one of the arguments --preset --layers is required",
         ("quantize", pruned, "--preset", "nf4", "--skip", "clasifier"): "'clasifier', which is not a module of",
         ("quantize", pruned, "--preset", "nf4", "--output", tmp_path): "is not empty; give another --output",

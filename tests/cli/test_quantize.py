@@ -94,7 +94,8 @@ def test_a_format_for_each_layer(saved, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--preset", "int9"], "no quantization scheme 'int9'"),
+        (["--preset", "int9"], "'int9' is not allowed; did you mean int8?"),
+        (["--preset", "int8-dynamc"], "'int8-dynamc' is not allowed; did you mean int8-dynamic?"),
         (["--preset", "int3", "--data", "nothing.csv"], "nothing.csv"),
         (["--preset", "int3", "--storage", "bfloat16"], "--storage is for a preset of bitsandbytes without --data"),
         (["--preset", "nf4", "--keep", "kept"], "--keep is for --data"),
