@@ -23,7 +23,7 @@ written. Stopped, even by force, it goes on where it was when started again.
 
 What is kept of each example, or of each token where the teacher predicts one:
   --logits        all logits (default): a few bytes for a classifier, 200 kB a token for a language model
-  --top-k K       the K likeliest classes, and how likely all others are together: at most 300 bytes a token with K = 64
+  --top-k K       the K likeliest classes, and K/4 of the others drawn by the teacher: 294 bytes a token with K = 64
   --samples N     N classes drawn by the teacher: right on average, 2 bytes each
   --last-hidden   what enters the head of a language model, and the head once: exact, 2 bytes a feature
 
@@ -58,7 +58,7 @@ examples:
     )
     parser.add_argument("--batch", type=positive, default=32, help="examples asked about at once (default 32)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
-    parser.add_argument("--seed", type=int, default=42, help="of samples (default 42)")
+    parser.add_argument("--seed", type=int, default=42, help="of what is drawn (default 42)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from hfcompress.distillation.cache_format import (
 from hfcompress.distillation.cache_keys import KEY_BYTES, CacheError, example_keys, key_inputs, row_mask
 from hfcompress.distillation.teachers import OWN_INPUTS, own_inputs
 
-_PACKED = frozenset(("top_indices", "sample_indices"))
+_PACKED = frozenset(("top_indices", "tail_indices", "sample_indices"))
 
 
 class TeacherCache:
@@ -121,8 +121,8 @@ class TeacherCache:
 
         Returns:
             Of these, what the cache keeps: "teacher_logits" (or "teacher_start_logits" and "teacher_end_logits"); "teacher_top_indices"
-            (int32), "teacher_top_log_probs" and "teacher_tail_log_mass"; "teacher_sample_indices" (int32); "teacher_last_hidden";
-            "teacher_hidden_3" for layer 3. Shape (batch, length, ...) where there is something for each token.
+            (int32), "teacher_top_log_probs", "teacher_tail_log_mass", "teacher_tail_indices" (int32) and "teacher_tail_mean_log_prob";
+            "teacher_sample_indices" (int32); "teacher_last_hidden"; "teacher_hidden_3" for layer 3. Shape (batch, length, ...) where there is something for each token.
 
         Raises:
             CacheError: An example is not in the cache.

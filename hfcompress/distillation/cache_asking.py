@@ -19,6 +19,7 @@ from hfcompress.distillation.capture import Wanted
 from hfcompress.distillation.teachers import Teacher, with_decoder_inputs, without_adapters
 
 _CHUNK = 512  # rows whose distribution is held in 32 bits at once
+_DRAWN = 4  # of so many of the likeliest classes that are kept, one of the others is drawn
 
 
 class Asking:
@@ -28,7 +29,7 @@ class Asking:
         teacher: The teacher.
         contents: What is kept.
         ignored: Names of tensors that do not identify an example.
-        seed: Of samples.
+        seed: Of draws.
 
     Raises:
         CacheError: The teacher has no such layers.
@@ -82,7 +83,7 @@ class Asking:
         return example_keys(batch, ignored=self.ignored, reads_labels=self.reads_labels)
 
     def start(self, shard: int) -> None:
-        """Draw the samples of a shard the same way whoever writes it, and whatever was written before."""
+        """Draw for a shard the same way whoever writes it, and whatever was written before."""
         seed = hashlib.blake2b(
             f"{self.seed} {shard}".encode(), digest_size=4
         ).digest()  # generators look at 32 bits only
@@ -144,16 +145,25 @@ class Asking:
         }
 
     def _sparse(self, log_probs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The likeliest classes, or draws; shape (rows, classes)."""
+        """The likeliest classes and draws of the others, or draws of all; shape (rows, classes)."""
         classes, count = log_probs.shape[-1], self.contents.count
         if self.contents.logits == "samples":
             drawn = torch.multinomial(log_probs.exp(), count, replacement=True, generator=self._generator)
             return pack_indices(drawn, classes=classes, name="sample_indices")
         top, indices = log_probs.topk(count, dim=-1)
+        others = log_probs.scatter(-1, indices, -torch.inf)
         # Summed and not one less the others, which would leave nothing but rounding of a small mass.
-        tail = log_probs.scatter(-1, indices, -torch.inf).logsumexp(-1)
-        packed = pack_indices(indices, classes=classes, name="top_indices")
-        return packed | {"top_log_probs": top.half(), "tail_log_mass": tail}
+        tail = others.logsumexp(-1)
+        shares = (others - tail.unsqueeze(-1)).exp().nan_to_num(1.0)  # nothing left: any class, for it counts nothing
+        drawn = torch.multinomial(shares, max(1, count // _DRAWN), replacement=True, generator=self._generator)
+        mean = (tail - torch.special.entr(shares).sum(-1)).masked_fill(tail == -torch.inf, 0.0)
+        return {
+            **pack_indices(indices, classes=classes, name="top_indices"),
+            "top_log_probs": top.half(),
+            "tail_log_mass": tail,
+            **pack_indices(drawn, classes=classes, name="tail_indices"),
+            "tail_mean_log_prob": mean.half(),
+        }
 
     def _check(self, kept: Mapping[str, tuple[Layout, torch.Tensor, Any]]) -> None:
         for name, (layout, rows, _) in kept.items():

@@ -31,10 +31,11 @@ class CacheContents:
     """What is kept of a teacher's outputs for each example.
 
     Attributes:
-        logits: "all" of them; "top_k": the `count` likeliest classes with their log-probabilities, and the logarithm of the mass of the
-            others; "samples": `count` classes drawn with replacement from the teacher's distribution (Anshumann et al. 2025, "Sparse
-            Logit Sampling"), whose frequencies are targets without bias; "last_hidden": what enters the head of a language model, in
-            bfloat16, with the head once for all; or None. The last three are for many classes.
+        logits: "all" of them; "top_k": the `count` likeliest classes with their log-probabilities, how likely all others are together,
+            and a quarter as many of them drawn, so that what is learned has no bias; "samples": `count` classes drawn with replacement
+            from the teacher's distribution (Anshumann et al. 2025, "Sparse Logit Sampling"), whose frequencies are targets without bias;
+            "last_hidden": what enters the head of a language model, in bfloat16, with the head once for all; or None. The last three
+            are for many classes.
         count: Classes or draws, at least 1.
         hidden_layers: Layers whose outputs are kept in bfloat16, counted from 0 as `find_layers` does.
         dtype: Type of the logits where all are kept.
@@ -105,7 +106,7 @@ class Manifest(Section):
         teacher_sha256: Of its weights, by name and type.
         teacher_dtype: What it ran in.
         contents: What is kept.
-        seed: Of samples.
+        seed: Of draws.
         data_fingerprint: Hash over the keys of all examples, in order.
         inputs: Names of the tensors that identify an example.
         ignored: Names of tensors that do not.
@@ -121,7 +122,7 @@ class Manifest(Section):
         versions: Of the packages that made it.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     teacher: str
     teacher_sha256: str
     teacher_dtype: str
@@ -161,8 +162,8 @@ class Manifest(Section):
             return f"another teacher ({mine}; not {theirs})"
         if self.contents != other.contents:
             return f"other contents ({self.contents}; not {other.contents})"
-        if self.contents.logits == "samples" and self.seed != other.seed:
-            return f"samples of another seed ({self.seed}; not {other.seed})"
+        if self.contents.logits in ("samples", "top_k") and self.seed != other.seed:
+            return f"draws of another seed ({self.seed}; not {other.seed})"
         if (self.data_fingerprint, self.ignored, self.arrays) != (
             other.data_fingerprint,
             other.ignored,

@@ -75,7 +75,7 @@ def write_cache(
         batch_size: Examples the teacher is asked about at once.
         shard_examples: Examples in a file; by default at most 4,096, and at most 256 MB.
         ignored: Names of tensors in a batch that do not matter to the teacher and may differ in training, besides its labels.
-        seed: Of samples.
+        seed: Of draws.
         workers: Processes that read the data; 0 reads in this one.
         rank: Number of this process: of `world_size` shards in a row it writes the `rank`-th.
         world_size: Processes that write at the same time. Wait for all before reading.

@@ -41,7 +41,7 @@ def cache_task(
         folder: Where to write, or to go on.
         contents: What is kept.
         batch: Examples the teacher is asked about at once.
-        seed: Of samples.
+        seed: Of draws.
         with_eval: Keep the evaluation examples too: with another seed others are held out.
 
     Returns:
@@ -93,7 +93,7 @@ def cache_teacher(
         encoded_for: Folder or repository of the model that is trained on them, where its tokenizer or processor counts.
         device: Where the teacher runs; "auto" is the GPU of this process, if there is one.
         batch: Examples it is asked about at once.
-        seed: Of what is held out, and of samples.
+        seed: Of what is held out, and of draws.
 
     Returns:
         The manifest.

@@ -346,14 +346,8 @@ class Comparison:
         end = -1 if self.shifted else None
         ours, sparse = ours[:, :end], {name: value[:, :end] for name, value in sparse.items()}
         if "top_indices" in sparse:
-            return top_k_kl_divergence(
-                ours,
-                sparse["top_indices"],
-                sparse["top_log_probs"],
-                sparse["tail_log_mass"],
-                mask=mask,
-                count=count,
-            )
+            parts = ("top_indices", "top_log_probs", "tail_log_mass", "tail_indices", "tail_mean_log_prob")
+            return top_k_kl_divergence(ours, *(sparse[part] for part in parts), mask=mask, count=count)
         return sampled_kl_divergence(ours, sparse["sample_indices"], mask=mask, count=count)
 
     def _spans(self, seen: Seen, targets: Targets) -> torch.Tensor:

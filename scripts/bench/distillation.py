@@ -407,8 +407,8 @@ def gradient_cosine(student: Any, teacher: Any, kept: TeacherCache, rows: torch.
             logits = student(input_ids=batch).logits
             if name == "cache":
                 target = kept.targets({"input_ids": batch, "attention_mask": torch.ones_like(batch)})
-                parts = ("teacher_top_indices", "teacher_top_log_probs", "teacher_tail_log_mass")
-                loss = top_k_kl_divergence(logits, *(target[part] for part in parts))
+                parts = ("top_indices", "top_log_probs", "tail_log_mass", "tail_indices", "tail_mean_log_prob")
+                loss = top_k_kl_divergence(logits, *(target[f"teacher_{part}"] for part in parts))
             else:
                 with torch.no_grad():
                     wanted = teacher(input_ids=batch).logits

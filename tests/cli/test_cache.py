@@ -80,7 +80,7 @@ def test_a_classifier(material, tmp_path, capsys, caplog):
 @pytest.mark.parametrize(
     ("option", "names"),
     [
-        (["--top-k", "4"], {"top_indices", "top_log_probs", "tail_log_mass"}),
+        (["--top-k", "4"], {"top_indices", "top_log_probs", "tail_log_mass", "tail_indices", "tail_mean_log_prob"}),
         (["--samples", "9"], {"sample_indices"}),
         (["--last-hidden"], {"last_hidden"}),
         (["--logits", "--dtype", "float16"], {"logits"}),
