@@ -30,11 +30,12 @@ import numpy as np
 import torch
 import transformers
 from facts import run_facts
-from sentences import open_task
+from sentences import ask_once, open_task
 
 from hfcompress import CompressionTrainer, DistillationTrainer, PlainTrainer, PruningTrainer, Recipe
 from hfcompress.anatomy import drop_layers, find_sites
 from hfcompress.config import MeasureConfig, Target
+from hfcompress.distillation import Teacher
 from hfcompress.measurement import (
     accuracy,
     compare_latency,
@@ -108,6 +109,9 @@ def main() -> None:
     parser.add_argument("--target", type=float, help="times faster than the teacher's layers")
     parser.add_argument("--method", default="ours", choices=METHODS)
     parser.add_argument("--distillation", action=argparse.BooleanOptionalAction, default=True, help="from the teacher")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of what the teacher says, asked once; without it runs beside the student"
+    )
     parser.add_argument("--learning-rate", type=float, help="another one than the task's")
     parser.add_argument("--max-steps", type=int, help="train so many steps only, to try the benchmark: nothing is kept")
     parser.add_argument("--seed", type=int, default=0)
@@ -193,7 +197,11 @@ def make_trainer(
     if recipe.prune is not None or recipe.distill is not None:
         settings["recipe"] = recipe
     if recipe.distill is not None:
-        settings["teacher"] = copy.deepcopy(teacher)
+        full = copy.deepcopy(teacher)
+        if options.cache is not None:
+            layers = range(teacher.config.num_hidden_layers)
+            full = ask_once(Teacher(full), task, options.cache, layers=layers)
+        settings["teacher"] = full
         return (DistillationTrainer if recipe.prune is None else CompressionTrainer)(**settings)
     return (PlainTrainer if recipe.prune is None else PruningTrainer)(**settings)
 

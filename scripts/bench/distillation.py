@@ -44,7 +44,7 @@ import torch
 import transformers
 from datasets import Dataset
 from facts import run_facts
-from sentences import open_task
+from sentences import ask_once, open_task
 from smollm2 import blocks, open_smollm2, read_ids
 from transformers import TrainerCallback
 
@@ -126,19 +126,6 @@ def half(teacher: Any, stack: str = "encoder") -> Any:
     layers = teacher.config.num_hidden_layers
     drop_layers(student, {stack: tuple(range(1, layers, 2))})
     return student
-
-
-def cached(teacher: Teacher, task: Any, folder: Path) -> CachedTeacher:
-    """What the teacher says of the training data; it runs only if it has not."""
-    write_cache(
-        teacher,
-        task.train_dataset,
-        task.data_collator,
-        folder,
-        CacheContents("all", hidden_layers=HIDDEN),
-        batch_size=64,
-    )
-    return CachedTeacher(folder)
 
 
 # ---- what it costs ----
@@ -228,8 +215,8 @@ def cost(options: argparse.Namespace) -> None:
     """Step times against a plain step."""
     teacher, task = open_task(options.teacher, options.train, options.eval or ())
     with tempfile.TemporaryDirectory() as folder:
-        cache = cached(Teacher(copy.deepcopy(teacher)), _few(task, options.steps), Path(folder) / "cache")
         small = _few(task, options.steps)
+        cache = ask_once(Teacher(copy.deepcopy(teacher)), small, Path(folder) / "cache", layers=HIDDEN)
         least: dict[str, list[float]] = {}
         for _ in range(options.rounds):
             for name in (*ARMS, "teacher alone"):
@@ -339,7 +326,8 @@ def student(options: argparse.Namespace) -> None:
             full.save_pretrained(output / "teacher")
             memory_of = {"teacher": disk_bytes(output / "teacher"), "full": disk_bytes(options.teacher)}
         folder = Path(options.output) / f"cache-{method.get('teacher', 'float32')}"
-        trainer = DistillationTrainer(**common, teacher=cached(Teacher(full), task, folder), recipe=recipe)
+        said = ask_once(Teacher(full), task, folder, layers=HIDDEN)
+        trainer = DistillationTrainer(**common, teacher=said, recipe=recipe)
     began = time.perf_counter()
     trainer.train()
     training_s = time.perf_counter() - began

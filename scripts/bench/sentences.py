@@ -14,6 +14,7 @@ import transformers
 from datasets import load_dataset
 
 from hfcompress import Recipe
+from hfcompress.distillation import CacheContents, CachedTeacher, Teacher, write_cache
 from hfcompress.tasks import prepare
 
 LENGTH = 64  # tokens
@@ -51,3 +52,10 @@ def open_task(
             recipe.data, task="text-classification", model_name=model, seed=seed, must_match=True, label_names=names
         )
     return loaded, task
+
+
+def ask_once(teacher: Teacher, task: Any, folder: Path, *, layers: Sequence[int]) -> CachedTeacher:
+    """What the teacher says of the training data, with the outputs of some layers; it runs only if it has not."""
+    contents = CacheContents("all", hidden_layers=tuple(layers))
+    write_cache(teacher, task.train_dataset, task.data_collator, folder, contents, batch_size=64)
+    return CachedTeacher(folder)
