@@ -6,7 +6,7 @@
 One run is one file under scripts/bench/results/compression/; --summary prints the table of all of them and writes
 scripts/bench/results/compression.json. Methods (with --no-distillation their names end in -plain):
 
-    ours           optimal brain surgeon under measured time, least-squares repair
+    ours           optimal brain surgeon under measured time, least-squares repair, over all units; with --full-width all but the hidden width
     random         the same share of random units everywhere, as much as the measured time asks for
     magnitude      the units with the largest weights under measured time
     layers         every so many-th layer of the teacher (as few layers as come nearest to the target)
@@ -83,14 +83,14 @@ def timed_target(target: float) -> dict[str, Any]:
     return {"speedup": target, "scope": "layers", "batch": 32, "length": 64, "threads": 1}
 
 
-def prune_section(method: str, target: float) -> dict[str, Any] | None:
+def prune_section(method: str, target: float, *, full_width: bool = False) -> dict[str, Any] | None:
     """The recipe's section for a method; None if it does not prune while it trains."""
     if method in ("layers", "torch_pruning"):
         return None
     section = {
         "target": timed_target(target),
         "schedule": {"name": "polynomial", "start": 0.0, "end": 0.04, "updates": 2},
-        "units": ["heads", "neurons", "sublayers", "layers"],
+        "units": ["heads", "neurons", "sublayers", "layers", *([] if full_width else ["hidden"])],
         "criterion": {"name": "obs", "samples": 1024},
     }
     if method == "magnitude":
@@ -136,7 +136,8 @@ def main() -> None:
 
 
 def method_name(options: argparse.Namespace) -> str:
-    return options.method if options.distillation else f"{options.method}-plain"
+    name = options.method + "-full-width" * options.full_width
+    return name if options.distillation else f"{name}-plain"
 
 
 def run_name(options: argparse.Namespace) -> str:
@@ -155,7 +156,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     recipe = Recipe.from_dict(
         {
             "distill": DISTILL if options.distillation else None,
-            "prune": prune_section(options.method, options.target),
+            "prune": prune_section(options.method, options.target, full_width=options.full_width),
             "train": train,
             "seed": options.seed,
         },
