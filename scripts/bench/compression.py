@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, help="folder of what the teacher says, asked once; without it runs beside the student"
     )
+    parser.add_argument("--full-width", action="store_true", help="leave the hidden width as it is, with ours")
     parser.add_argument("--learning-rate", type=float, help="another one than the task's")
     parser.add_argument("--max-steps", type=int, help="train so many steps only, to try the benchmark: nothing is kept")
     parser.add_argument("--seed", type=int, default=0)
